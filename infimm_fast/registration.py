@@ -1,0 +1,28 @@
+"""Makes Transformers' Auto classes know InfiMM-HD."""
+
+from __future__ import annotations
+
+import functools
+
+
+@functools.cache
+def register_auto() -> None:
+    """Register with `AutoConfig`, `AutoModelForImageTextToText`, `AutoImageProcessor` and `AutoProcessor`.
+
+    Runs by itself when a model, configuration or processor class of `infimm_fast` is first used; a program that only
+    uses Auto classes calls it once. Calling it again does nothing.
+    """
+    from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageTextToText, AutoProcessor
+
+    from infimm_fast.configuration_infimm_hd import InfiMMHDConfig, InfiMMHDVisionConfig
+    from infimm_fast.image_processing_infimm_hd import InfiMMHDImageProcessor
+    from infimm_fast.modeling_eva_vision import EvaVisionTower
+    from infimm_fast.modeling_infimm_hd import InfiMMHDForConditionalGeneration
+    from infimm_fast.processing_infimm_hd import InfiMMHDProcessor
+
+    AutoConfig.register(InfiMMHDConfig.model_type, InfiMMHDConfig)
+    AutoConfig.register(InfiMMHDVisionConfig.model_type, InfiMMHDVisionConfig)
+    AutoModel.register(InfiMMHDVisionConfig, EvaVisionTower)
+    AutoModelForImageTextToText.register(InfiMMHDConfig, InfiMMHDForConditionalGeneration)
+    AutoImageProcessor.register(InfiMMHDConfig, image_processor_classes={"pil": InfiMMHDImageProcessor})
+    AutoProcessor.register(InfiMMHDConfig, InfiMMHDProcessor)

@@ -1,0 +1,1 @@
+"""What every op shares: argument checks and their typed errors."""

@@ -1,0 +1,1 @@
+"""Self-attention of a vision tower, batched over sub-images (tiles)."""
