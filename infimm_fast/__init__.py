@@ -31,7 +31,7 @@ _PUBLIC = {
 # Modules whose classes Transformers' Auto classes should know once one of them is in use.
 _AUTO = {name for name, module in _PUBLIC.items() if "infimm_hd" in module or module == "modeling_eva_vision"}
 
-__all__ = ["__version__", *sorted(_PUBLIC)]  # noqa: PLE0604
+__all__ = ["__version__", *sorted(_PUBLIC)]
 
 if TYPE_CHECKING:
     from infimm_fast.checkpoint import convert_checkpoint as convert_checkpoint

@@ -274,6 +274,6 @@ def _write_configuration(
     config.save_pretrained(folder)
     text = config.text_config
     eos = [token for token in (text.eos_token_id, config.end_of_chunk_token_id) if token is not None]
-    GenerationConfig(
-        bos_token_id=text.bos_token_id, eos_token_id=eos, pad_token_id=text.pad_token_id
-    ).save_pretrained(folder)
+    GenerationConfig(bos_token_id=text.bos_token_id, eos_token_id=eos, pad_token_id=text.pad_token_id).save_pretrained(
+        folder
+    )

@@ -37,7 +37,7 @@ class CheckpointReader:
         CheckpointError: no checkpoint there, or not in an accepted format.
     """
 
-    def __init__(self, path: Path, release_bytes: int = 256 * 2**20):
+    def __init__(self, path: Path, release_bytes: int = 128 * 2**20):
         self._release_bytes = release_bytes
         self._read_since_open = 0
         self._open_file: tuple[Path, Any] | None = None
@@ -160,5 +160,6 @@ def write_safetensors(
         for name, shape, dtype in entries:
             tensor = load(name).contiguous()
             assert tuple(tensor.shape) == shape and tensor.dtype == dtype, name
-            stream.write(memoryview(tensor.flatten().view(torch.uint8).numpy()))
+            stream.write(tensor.flatten().view(torch.uint8).numpy().data)
             on_bytes(tensor.nbytes)
+            del tensor  # or it would keep the memory map of its file alive while the next one is read

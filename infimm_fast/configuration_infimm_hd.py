@@ -75,9 +75,7 @@ class InfiMMHDVisionConfig(PretrainedConfig):
                 f"hidden_size={self.hidden_size} is not a multiple of num_attention_heads={self.num_attention_heads}"
             )
         if self.image_size % self.patch_size:
-            raise ConfigurationError(
-                f"image_size={self.image_size} is not a multiple of patch_size={self.patch_size}"
-            )
+            raise ConfigurationError(f"image_size={self.image_size} is not a multiple of patch_size={self.patch_size}")
 
     @property
     def head_dim(self) -> int:
@@ -125,8 +123,8 @@ class InfiMMHDConfig(PretrainedConfig):
     model_type = "infimm_hd"
     sub_configs = {"vision_config": InfiMMHDVisionConfig, "text_config": AutoConfig}  # noqa: RUF012
 
-    vision_config: dict | PretrainedConfig | None = None
-    text_config: dict | PretrainedConfig | None = None
+    vision_config: InfiMMHDVisionConfig = None  # type: ignore[assignment]
+    text_config: PretrainedConfig = None
     image_token_id: int = 32001
     end_of_chunk_token_id: int = 32000
     cross_attention_every_n_layers: int = 4

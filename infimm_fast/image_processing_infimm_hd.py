@@ -111,7 +111,9 @@ class InfiMMHDImageProcessor(BaseImageProcessor):
             ImageInputError: a picture cannot be used, or there is none.
         """
         if return_tensors not in (None, "pt") or kwargs:
-            raise ConfigurationError(f"return_tensors={return_tensors!r} with {sorted(kwargs)} is not accepted; use 'pt' alone")
+            raise ConfigurationError(
+                f"return_tensors={return_tensors!r} with {sorted(kwargs)} is not accepted; use 'pt' alone"
+            )
         rows = nest_images(images)
         cut = [self.cut(image) for row in rows for image in row]
         if not cut:

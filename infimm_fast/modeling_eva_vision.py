@@ -51,9 +51,8 @@ class EvaAttention(nn.Module):
         tiles, tokens, width = x.shape
         q, k, v = self.qkv(x).view(tiles, tokens, 3, self.num_heads, self.head_dim).unbind(2)  # [B, N, H, D]
         rope_cos, rope_sin = rope if rope is not None else (None, None)
-        out = subimage_attention(
-            q, k, v, rope_cos=rope_cos, rope_sin=rope_sin, rope_prefix=1, backend=self.implementation
-        )
+        out = subimage_attention(q, k, v, rope_cos=rope_cos, rope_sin=rope_sin, rope_prefix=1, backend=self.implementation)
+        assert isinstance(out, torch.Tensor)  # no log-sum-exp was asked for
         return self.proj(self.inner_norm(out.reshape(tiles, tokens, width)))
 
 
@@ -117,9 +116,7 @@ class EvaEmbeddings(nn.Module):
         self.class_token = nn.Parameter(torch.zeros(1, 1, width))
         self.patch_embed = nn.Conv2d(config.num_channels, width, config.patch_size, stride=config.patch_size)
         self.position_embedding = (
-            nn.Parameter(torch.zeros(1, config.tokens_per_tile, width))
-            if config.use_absolute_position_embedding
-            else None
+            nn.Parameter(torch.zeros(1, config.tokens_per_tile, width)) if config.use_absolute_position_embedding else None
         )
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:

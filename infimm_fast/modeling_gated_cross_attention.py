@@ -39,6 +39,7 @@ class VisualCrossAttention(nn.Module):
             key_value = self.project_visual(features)
         q = self.q_proj(self.norm(x)).unflatten(-1, (self.num_heads, self.head_dim))  # [B, T, H, D]
         out = gated_cross_attention(q, *key_value, kv_range, backend=self.implementation)
+        assert isinstance(out, torch.Tensor)  # no log-sum-exp was asked for
         return self.o_proj(out.flatten(2))
 
 
@@ -134,12 +135,16 @@ class CrossAttentionInputs:
 
 
 @functools.cache
-def _gated_layer_class(layer_class: type[nn.Module]) -> type[nn.Module]:
+def _gated_layer_class(layer_class: Any) -> Any:
     """Return `layer_class` with a gated block in front; weights and hooks of the original stay as they are."""
 
-    class GatedLayer(layer_class):  # type: ignore[misc, valid-type]
+    class GatedLayer(layer_class):
         def forward(
-            self, hidden_states: torch.Tensor, *args: Any, cross_attention: CrossAttentionInputs | None = None, **kwargs: Any
+            self,
+            hidden_states: torch.Tensor,
+            *args: Any,
+            cross_attention: CrossAttentionInputs | None = None,
+            **kwargs: Any,
         ) -> Any:
             if cross_attention is not None and self.gated_cross_attention is not None:
                 hidden_states = cross_attention.apply(
@@ -171,7 +176,8 @@ def insert_gated_cross_attention(decoder: nn.Module, blocks: dict[int, GatedCros
             f"{type(decoder).__name__} has no plain list of layers; accepted are decoders with a ModuleList named layers"
         )
     order = sorted(blocks)
+    layer: Any
     for index, layer in enumerate(layers):
-        layer.__class__ = _gated_layer_class(type(layer))
+        layer.__class__ = _gated_layer_class(type(layer))  # type: ignore[arg-type]
         layer.gated_cross_attention = blocks.get(index)
         layer.gated_cross_attention_index = order.index(index) if index in blocks else None

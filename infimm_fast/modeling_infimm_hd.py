@@ -82,11 +82,14 @@ class InfiMMHDForConditionalGeneration(InfiMMHDPreTrainedModel, GenerationMixin)
             layer_norm_eps=config.cross_attention_layer_norm_eps,
         )
 
-    def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
-        if isinstance(module, GatedCrossAttentionBlock):
-            for gate in (module.attn_gate, module.ff_gate):
-                init.normal_(gate, std=self.config.gate_initializer_range)
+    @torch.no_grad()
+    def initialize_weights(self) -> None:
+        """Initialise what no checkpoint has set."""
+        super().initialize_weights()
+        # Transformers lets the language model initialise all modules inside it, and that does not know gates.
+        for block in self.gated_blocks:
+            init.normal_(block.attn_gate, std=self.config.gate_initializer_range)
+            init.normal_(block.ff_gate, std=self.config.gate_initializer_range)
 
     @property
     def gated_blocks(self) -> list[GatedCrossAttentionBlock]:
@@ -164,7 +167,9 @@ class InfiMMHDForConditionalGeneration(InfiMMHDPreTrainedModel, GenerationMixin)
         images = len(offsets) - 1
         counts = torch.tensor([images]) if image_counts is None else image_counts.to("cpu", torch.int64)
         if int(counts.sum()) != images:
-            raise ImageCountError(f"image_counts {counts.tolist()} add up to {int(counts.sum())}, but there are {images} images")
+            raise ImageCountError(
+                f"image_counts {counts.tolist()} add up to {int(counts.sum())}, but there are {images} images"
+            )
         ends = counts.cumsum(0)
         row_images = torch.stack((ends - counts, ends), dim=1).to(features.device)
         key_values = None
@@ -328,9 +333,7 @@ class InfiMMHDForConditionalGeneration(InfiMMHDPreTrainedModel, GenerationMixin)
     ) -> tuple[torch.Tensor | None, dict[str, Any]]:
         """Multiply rows, not pictures: all beams of a row share its pictures."""
         context = kwargs.pop("visual_context", None)
-        input_ids, model_kwargs = super()._expand_inputs_for_generation(
-            expand_size, *args, input_ids=input_ids, **kwargs
-        )
+        input_ids, model_kwargs = super()._expand_inputs_for_generation(expand_size, *args, input_ids=input_ids, **kwargs)
         if context is not None:
             rows = torch.arange(len(context.row_images), device=context.row_images.device)
             model_kwargs["visual_context"] = context.select_rows(rows.repeat_interleave(expand_size))

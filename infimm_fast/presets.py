@@ -47,6 +47,7 @@ def _tiny() -> InfiMMHDConfig:
         intermediate_size=1920,
         image_size=112,
         projection_dim=32,
+        initializer_range=0.1,
     )
     text = LlamaConfig(
         vocab_size=VOCABULARY_SIZE,
@@ -57,6 +58,7 @@ def _tiny() -> InfiMMHDConfig:
         max_position_embeddings=4096,
         rms_norm_eps=1e-5,
         pad_token_id=0,
+        initializer_range=0.1,
     )
     return InfiMMHDConfig(
         vision_config=vision,

@@ -34,9 +34,7 @@ def tile_count(rows: int, columns: int, always_thumbnail: bool = False) -> int:
     return rows * columns + has_thumbnail(rows, columns, always_thumbnail)
 
 
-def tile_places(
-    grids: Iterable[Sequence[int]], always_thumbnail: bool = False
-) -> list[tuple[int, int] | None]:
+def tile_places(grids: Iterable[Sequence[int]], always_thumbnail: bool = False) -> list[tuple[int, int] | None]:
     """Return the place of every tile of all pictures in packed order: (row, column), or None for a thumbnail."""
     places: list[tuple[int, int] | None] = []
     for rows, columns in grids:

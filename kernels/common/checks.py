@@ -13,6 +13,10 @@ class KernelArgumentError(ValueError):
     """An op was given an argument outside its contract."""
 
 
+class BackendUnavailableError(RuntimeError):
+    """A backend was asked for by name and cannot run here."""
+
+
 def check_shape(name: str, tensor: torch.Tensor, shape: tuple[int | None, ...], layout: str) -> None:
     """Raise `KernelArgumentError` unless `tensor` has `shape`; `None` accepts any size.
 

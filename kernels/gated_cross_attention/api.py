@@ -63,7 +63,9 @@ def gated_cross_attention(
     if k.shape[1] == 0 or q.shape[2] % k.shape[1]:
         raise KernelArgumentError(f"q has {q.shape[2]} heads and k has {k.shape[1]}; the first must be a multiple")
     if return_lse and backend == "sdpa":
-        raise KernelArgumentError("backend='sdpa' has no log-sum-exp to return; accepted with return_lse are reference, auto")
+        raise KernelArgumentError(
+            "backend='sdpa' has no log-sum-exp to return; accepted with return_lse are reference, auto"
+        )
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if backend == "reference" or return_lse:
         out, lse = gated_cross_attention_reference(q, k, v, kv_range, scale)

@@ -1,0 +1,51 @@
+# Two commands to start with: make demo, make test. Each sets up a virtual environment from nothing.
+VENV ?= .venv
+PYTHON ?= python3
+BIN := $(VENV)/bin
+LAYOUT := $(VENV)/layout
+INSTALLED := $(VENV)/installed
+
+.PHONY: help demo test test-full lint install clean FORCE
+
+help:
+	@echo "make demo       ask the tiny model about a photograph; compare and time the implementations"
+	@echo "make test       the tests, minutes"
+	@echo "make test-full  all tests, the long ones too"
+	@echo "make lint       ruff and mypy"
+
+demo: $(INSTALLED)
+	$(BIN)/infimm-fast demo examples/images/raccoon.jpg
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest -m "not slow"
+
+test-full: $(INSTALLED)
+	$(BIN)/python -m pytest --durations=10
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	rm -rf build
+	$(BIN)/pip install --quiet --no-deps --no-build-isolation --target build/wheel .
+	cd build/wheel && ../../$(BIN)/mypy --config-file ../../pyproject.toml -p infimm_fast
+
+install: $(INSTALLED)
+
+clean:
+	rm -rf $(VENV) build demo_output *.egg-info
+
+# A new folder below kernels/ or export/ becomes importable only by installing again.
+$(LAYOUT): FORCE
+	@mkdir -p $(VENV)
+	@ls -d kernels/*/ export/*/ infimm_fast/*/ > $@.new
+	@cmp -s $@.new $@ && rm $@.new || mv $@.new $@
+
+$(INSTALLED): pyproject.toml setup.py constraints.txt $(LAYOUT)
+	$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "infimm_fast needs Python 3.11 or later")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip "setuptools>=77" wheel
+	$(BIN)/pip install --quiet "$$(grep '^torch==' constraints.txt)"
+	$(BIN)/pip install --quiet --no-build-isolation -c constraints.txt -e ".[dev,gpu]"
+	@touch $@
+
+FORCE:

@@ -1,0 +1,238 @@
+"""``infimm-fast demo``: one picture through every stage, once for each implementation, compared and timed."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from transformers import BatchFeature
+
+from infimm_fast.cli.tiles import draw_tiles
+from infimm_fast.errors import CheckpointError, ConfigurationError
+from infimm_fast.image_processing_infimm_hd import InfiMMHDImageProcessor
+from infimm_fast.images import load_image
+from infimm_fast.modeling_infimm_hd import InfiMMHDForConditionalGeneration
+from infimm_fast.presets import preset as make_preset
+from infimm_fast.processing_infimm_hd import InfiMMHDProcessor
+from infimm_fast.tokenization_bytes import byte_tokenizer
+
+BASELINE = "reference"
+IMPLEMENTATIONS = (BASELINE, "sdpa")
+STAGES = ("tiling", "vision", "K/V projection", "prefill", "per token")
+
+# Largest deviation from the baseline, over its largest value, that counts as the same result.
+_LIMITS = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+
+
+@dataclass
+class StageResults:
+    """What one implementation computed, and how long it took.
+
+    Attributes:
+        tensors: result of each compared stage.
+        seconds: median time of each stage.
+        tokens: ids of the greedy answer.
+    """
+
+    tensors: dict[str, torch.Tensor] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+    tokens: list[int] = field(default_factory=list)
+
+
+def run_demo(
+    console: Console,
+    image_file: Path,
+    prompt: str,
+    checkpoint: Path | None,
+    preset: str,
+    output: Path,
+    device_name: str,
+    dtype_name: str,
+    max_new_tokens: int,
+    repeats: int,
+) -> bool:
+    """Run the demo; return whether all implementations gave the same results."""
+    device = _choose_device(device_name)
+    dtype = _choose_dtype(dtype_name, device)
+    picture = load_image(str(image_file))
+    model, processor = _load(console, checkpoint, preset, device, dtype)
+    tiles, grid = processor.image_processor.cut(picture)
+    output.mkdir(parents=True, exist_ok=True)
+    draw_tiles(picture, tiles, grid).save(output / "tiles.png")
+    console.print(
+        f"{image_file.name}: {picture.width} x {picture.height} pixels -> {grid[0]} x {grid[1]} sub-images"
+        f"{' and a thumbnail' if len(tiles) > grid[0] * grid[1] else ''}, drawn in {output / 'tiles.png'}",
+        highlight=False,
+    )
+    conversation = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": prompt}]}]
+    text = processor.apply_chat_template(conversation, add_generation_prompt=True)
+    inputs = processor(images=picture, text=text).to(device)
+    results = {}
+    for name in IMPLEMENTATIONS:
+        model.set_implementation(name)
+        with console.status(f"running {name} ..."):
+            results[name] = _run_stages(model, inputs, max_new_tokens, repeats)
+    tiling = _median_seconds(lambda: processor.image_processor(picture), repeats, device)
+    for result in results.values():
+        result.seconds["tiling"] = tiling
+    answer = processor.decode(results["sdpa"].tokens, skip_special_tokens=True)
+    console.print(f"Question: {prompt}", highlight=False, markup=False)
+    console.print(f"Answer:   {answer!r}", highlight=False, markup=False)
+    passed = _print_parity(console, results, dtype)
+    _print_latency(console, results, f"{device}, {str(dtype).removeprefix('torch.')}, {_describe(inputs, model)}")
+    return passed
+
+
+def _choose_device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigurationError(f"device {name!r} is not known; use auto, cpu or cuda") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigurationError(f"device {name!r} was asked for, but no CUDA GPU is visible; use cpu")
+    return device
+
+
+def _choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    if name == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    known = {str(dtype).removeprefix("torch."): dtype for dtype in _LIMITS}
+    if name not in known:
+        raise ConfigurationError(f"dtype {name!r} is not known; use auto, {', '.join(known)}")
+    return known[name]
+
+
+def _load(
+    console: Console, checkpoint: Path | None, preset: str, device: torch.device, dtype: torch.dtype
+) -> tuple[InfiMMHDForConditionalGeneration, InfiMMHDProcessor]:
+    if checkpoint is not None:
+        if not (checkpoint / "config.json").is_file():
+            raise CheckpointError(f"{checkpoint} is not a folder made by `infimm-fast convert`: it has no config.json")
+        model = InfiMMHDForConditionalGeneration.from_pretrained(checkpoint, dtype=dtype)
+        return model.to(device).eval(), InfiMMHDProcessor.from_pretrained(checkpoint)
+    config = make_preset(preset)
+    processor = InfiMMHDProcessor(InfiMMHDImageProcessor.from_config(config), byte_tokenizer())
+    for name, token_id in processor.token_ids().items():
+        setattr(config, name, token_id)
+    console.print(
+        f"[bold yellow]Random weights[/] (preset {preset}): the answer means nothing; give --checkpoint for real ones.",
+        highlight=False,
+    )
+    # Closed gates would hide the picture from the language model, and with it every error.
+    config.gate_initializer_range = config.gate_initializer_range or 0.5
+    torch.manual_seed(0)
+    with torch.device(device):
+        previous = torch.get_default_dtype()
+        torch.set_default_dtype(dtype)
+        try:
+            model = InfiMMHDForConditionalGeneration(config)
+        finally:
+            torch.set_default_dtype(previous)
+    return model.eval(), processor
+
+
+@torch.inference_mode()
+def _run_stages(
+    model: InfiMMHDForConditionalGeneration, inputs: BatchFeature, max_new_tokens: int, repeats: int
+) -> StageResults:
+    """Run and time every stage after tiling."""
+    results, device = StageResults(), model.device
+    pixels = {"pixel_values": inputs["pixel_values"], "image_grids": inputs["image_grids"]}
+
+    def timed(stage: str, run: Callable[[], Any]) -> Any:
+        value = run()
+        results.seconds[stage] = _median_seconds(run, repeats, device)
+        return value
+
+    features, _ = timed("vision", lambda: model.get_image_features(**pixels))
+    key_values = timed("K/V projection", lambda: [block.attn.project_visual(features) for block in model.gated_blocks])
+    context = model.encode_images(**pixels)
+    prompt = {"input_ids": inputs["input_ids"], "attention_mask": inputs["attention_mask"], "visual_context": context}
+    prefill = timed("prefill", lambda: model(**prompt, use_cache=True, logits_to_keep=1))
+    results.tensors = {
+        "vision": features,
+        "K/V projection": torch.stack([torch.stack(pair) for pair in key_values]),
+        "prefill": prefill.logits,
+    }
+    logits, step_logits, seconds = prefill.logits, [], []
+    for _ in range(max_new_tokens):
+        token = logits[:, -1].argmax(-1, keepdim=True)
+        results.tokens.append(int(token))
+        started = _now(device)
+        step = model(
+            input_ids=token,
+            past_key_values=prefill.past_key_values,
+            visual_context=context,
+            logits_to_keep=1,
+            use_cache=True,
+        )
+        logits = step.logits
+        seconds.append(_now(device) - started)
+        step_logits.append(logits)
+    results.seconds["per token"] = statistics.median(seconds)
+    results.tensors["per token"] = torch.cat(step_logits, dim=1)
+    return results
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def _median_seconds(run: Callable[[], Any], repeats: int, device: torch.device) -> float:
+    seconds = []
+    for _ in range(repeats):
+        started = _now(device)
+        run()
+        seconds.append(_now(device) - started)
+    return statistics.median(seconds)
+
+
+def _print_parity(console: Console, results: dict[str, StageResults], dtype: torch.dtype) -> bool:
+    """Print the deviation of each implementation from the baseline; return whether all are within the limit."""
+    others = [name for name in results if name != BASELINE]
+    table = Table(
+        "stage", *(f"{name} against {BASELINE}" for name in others), title="Parity: largest deviation / largest value"
+    )
+    baseline, limit, passed = results[BASELINE], _LIMITS[dtype], True
+    for stage, expected in baseline.tensors.items():
+        cells = []
+        for name in others:
+            deviation = ((results[name].tensors[stage] - expected).abs().max() / expected.abs().max()).item()
+            within = deviation <= limit
+            passed &= within
+            cells.append(f"{deviation:.1e} {'[green]ok[/]' if within else '[bold red]FAILED[/]'}")
+        table.add_row(stage, *cells)
+    same = [results[name].tokens == baseline.tokens for name in others]
+    table.add_row("answer", *("[green]same tokens[/]" if equal else "[yellow]other tokens[/]" for equal in same))
+    table.caption = f"limit {limit:g}"
+    console.print(table)
+    # With 16-bit weights two near-equal logits may legitimately swap; in float32 tokens must agree.
+    return passed and (all(same) or dtype != torch.float32)
+
+
+def _print_latency(console: Console, results: dict[str, StageResults], title: str) -> None:
+    table = Table("stage", *(f"{name} ms" for name in results), "speed-up", title=f"Latency: {title}")
+    best = list(results)[-1]
+    for stage in STAGES:
+        seconds = [result.seconds[stage] for result in results.values()]
+        ratio = results[BASELINE].seconds[stage] / results[best].seconds[stage]
+        label = stage + (" (*)" if stage == "K/V projection" else "")
+        table.add_row(label, *(f"{value * 1e3:.2f}" for value in seconds), "" if stage == "tiling" else f"{ratio:.2f}x")
+    table.caption = f"median; (*) once for a picture, but {BASELINE} does it again in every prefill and token"
+    console.print(table)
+
+
+def _describe(inputs: BatchFeature, model: InfiMMHDForConditionalGeneration) -> str:
+    tiles, length = len(inputs["pixel_values"]), inputs["input_ids"].shape[1]
+    return f"{tiles} tiles = {tiles * model.config.vision_config.tokens_per_tile} visual tokens, {length} text tokens"

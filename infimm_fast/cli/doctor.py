@@ -1,0 +1,74 @@
+"""``infimm-fast doctor``."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+import infimm_fast
+
+# Distribution name, what it is for, how to get it. More than one name: any of them will do.
+_PACKAGES = (
+    (("torch",), "everything", "pip install torch"),
+    (("transformers",), "the model and its processor", "pip install transformers"),
+    (("triton",), "fused kernels on NVIDIA GPUs", "pip install infimm-fast[gpu]"),
+    (("onnx",), "export to ONNX", "pip install infimm-fast[onnx]"),
+    (("onnxscript",), "export to ONNX", "pip install infimm-fast[onnx]"),
+    (("onnxruntime", "onnxruntime-gpu"), "running ONNX files", "pip install infimm-fast[onnx], or [onnx-gpu]"),
+    (("tensorrt", "tensorrt-cu13", "tensorrt-cu12"), "TensorRT engines", "pip install infimm-fast[tensorrt]"),
+    (("matplotlib",), "pictures of benchmarks", "pip install infimm-fast[plot]"),
+)
+
+
+def installed_version(names: tuple[str, ...]) -> str | None:
+    """Return "name version" of the first of these distributions that is installed."""
+    for name in names:
+        try:
+            return f"{name} {importlib.metadata.version(name)}"
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return None
+
+
+def implementations() -> list[tuple[str, bool, str]]:
+    """Return (name, whether it runs here, remark) for every implementation of the model."""
+    device = f"on {torch.cuda.get_device_name()}" if torch.cuda.is_available() else "on the CPU (no CUDA GPU is visible)"
+    return [
+        ("reference", True, f"the naive path, {device}"),
+        ("sdpa", True, f"PyTorch's fused attention, {device}"),
+    ]
+
+
+def conflicts() -> list[str]:
+    """Return a sentence for each pair of installed packages that cannot live together."""
+    found = []
+    if installed_version(("onnxruntime",)) and installed_version(("onnxruntime-gpu",)):
+        found.append(
+            "onnxruntime and onnxruntime-gpu are both installed and overwrite each other: uninstall both, then install one"
+        )
+    return found
+
+
+def run_doctor(console: Console) -> None:
+    """Print what is installed and what can run."""
+    console.print(
+        f"infimm_fast {infimm_fast.__version__}, Python {platform.python_version()}, {platform.platform()}", highlight=False
+    )
+    packages = Table("package", "installed", "needed for", "how to get it", title="Packages")
+    for names, purpose, command in _PACKAGES:
+        found = installed_version(names)
+        packages.add_row(
+            " or ".join(names[:2]), found or "[yellow]no[/]", purpose, "" if found else command.replace("[", r"\[")
+        )
+    console.print(packages)
+    backends = Table("implementation", "runs here", "remark", title="Implementations of the model")
+    for name, runs, remark in implementations():
+        backends.add_row(name, "[green]yes[/]" if runs else "[yellow]no[/]", remark)
+    console.print(backends)
+    console.print("Export targets: this version has none yet.")
+    for sentence in conflicts():
+        console.print(f"[bold red]conflict:[/] {sentence}", highlight=False)

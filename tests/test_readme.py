@@ -1,0 +1,24 @@
+"""The README's Python examples run as they are printed, one after the other."""
+
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_readme_examples(monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert len(blocks) >= 3
+    namespace: dict = {}
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), namespace)
+    assert "[5, 3, 112, 112]" in capsys.readouterr().out
+    assert namespace["out"].shape == (1, 6, 512)
+
+
+def test_readme_starts_with_the_commands_and_links_exist():
+    text = (ROOT / "README.md").read_text()
+    assert text.index("make demo") < text.index("make test") < 200
+    for target in re.findall(r"\]\((?!http)([^)#]+)\)", text):
+        assert (ROOT / target).exists(), target
