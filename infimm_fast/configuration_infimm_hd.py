@@ -8,7 +8,7 @@ from transformers import AutoConfig, PretrainedConfig
 
 from infimm_fast.errors import ConfigurationError
 
-IMPLEMENTATIONS = ("sdpa", "reference")
+IMPLEMENTATIONS = ("sdpa", "reference", "triton")
 
 
 def check_choice(name: str, value: Any, accepted: tuple) -> None:
@@ -38,7 +38,7 @@ class InfiMMHDVisionConfig(PretrainedConfig):
         rope_reference_grid: patch grid side of the pre-training; positions are scaled to it.
         projection_dim: width of the CLIP head, or None for a tower without one.
         initializer_range: standard deviation of fresh weights.
-        implementation: "sdpa" or "reference" (the naive path, scores in memory).
+        implementation: "sdpa", "reference" (the naive path, scores in memory) or "triton" (our kernel).
 
     Source: EVA-CLIP (arXiv 2303.15389), EVA-02 (arXiv 2303.11331).
     """
@@ -114,8 +114,9 @@ class InfiMMHDConfig(PretrainedConfig):
         always_thumbnail: whether a picture of a single sub-image has a thumbnail too.
         gate_initializer_range: standard deviation of fresh gates; 0 gives closed gates, as in training from scratch.
         initializer_range: standard deviation of fresh weights.
-        implementation: "sdpa" (fused attention, cross K/V computed once) or "reference" (the naive path: scores and
-            masks in memory, cross K/V computed again at every step).
+        implementation: "sdpa" (PyTorch's fused attention, cross K/V computed once), "reference" (the naive path: scores and
+            masks in memory, cross K/V computed again at every step) or "triton" (our kernel in the tower; the
+            cross-attention has none yet and runs as in "sdpa").
 
     Source: InfiMM-HD (arXiv 2403.01487, section 3).
     """

@@ -12,7 +12,7 @@ from transformers import initialization as init
 
 from infimm_fast.configuration_infimm_hd import IMPLEMENTATIONS, InfiMMHDVisionConfig, check_choice
 from infimm_fast.errors import ImageInputError
-from infimm_fast.kernels import subimage_attention
+from infimm_fast.kernels import subimage_attention_packed
 from infimm_fast.position_embedding import axial_rope, resize_position_embedding
 
 RopeTables = tuple[torch.Tensor, torch.Tensor] | None
@@ -49,9 +49,11 @@ class EvaAttention(nn.Module):
     def forward(self, x: torch.Tensor, rope: RopeTables) -> torch.Tensor:
         """Map ``[tiles, tokens, C]`` to the same shape."""
         tiles, tokens, width = x.shape
-        q, k, v = self.qkv(x).view(tiles, tokens, 3, self.num_heads, self.head_dim).unbind(2)  # [B, N, H, D]
+        qkv = self.qkv(x).view(tiles, tokens, 3, self.num_heads, self.head_dim)
         rope_cos, rope_sin = rope if rope is not None else (None, None)
-        out = subimage_attention(q, k, v, rope_cos=rope_cos, rope_sin=rope_sin, rope_prefix=1, backend=self.implementation)
+        out = subimage_attention_packed(
+            qkv, rope_cos=rope_cos, rope_sin=rope_sin, rope_prefix=1, backend=self.implementation
+        )
         assert isinstance(out, torch.Tensor)  # no log-sum-exp was asked for
         return self.proj(self.inner_norm(out.reshape(tiles, tokens, width)))
 
@@ -163,7 +165,7 @@ class InfiMMHDPreTrainedModel(PreTrainedModel):
         """Switch every attention of the tower and of the gated blocks.
 
         Args:
-            implementation: "sdpa" (fused attention, cross K/V computed once) or "reference" (the naive path).
+            implementation: "sdpa", "reference" or "triton"; see `InfiMMHDConfig`.
 
         Raises:
             ConfigurationError: the name is not known.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,9 +39,30 @@ class VisualCrossAttention(nn.Module):
         if key_value is None or self.implementation == "reference":
             key_value = self.project_visual(features)
         q = self.q_proj(self.norm(x)).unflatten(-1, (self.num_heads, self.head_dim))  # [B, T, H, D]
-        out = gated_cross_attention(q, *key_value, kv_range, backend=self.implementation)
+        # The op has no Triton kernel yet; the implementation of that name says so in its documentation.
+        backend = "sdpa" if self.implementation == "triton" else self.implementation
+        out = gated_cross_attention(q, *key_value, kv_range, backend=backend)
         assert isinstance(out, torch.Tensor)  # no log-sum-exp was asked for
         return self.o_proj(out.flatten(2))
+
+
+def project_visual_at_once(attentions: Sequence[VisualCrossAttention], features: torch.Tensor) -> tuple[KeyValue, ...]:
+    """Return keys and values of all blocks from one matrix product; they are views with a long token stride.
+
+    Args:
+        attentions: the blocks' attentions.
+        features: packed visual tokens ``[S, visual_size]``.
+
+    Returns:
+        For each block, keys and values ``[S, heads, head_dim]``.
+    """
+    if any(type(attention.kv_proj) is not nn.Linear for attention in attentions):
+        # Quantised or adapted projections have no plain weight to join.
+        return tuple(attention.project_visual(features) for attention in attentions)
+    projected = F.linear(features, torch.cat([attention.kv_proj.weight for attention in attentions]))
+    shape = (len(attentions), 2, attentions[0].num_heads, attentions[0].head_dim)
+    blocks = projected.unflatten(1, shape).unbind(1)  # each [S, 2, heads, head_dim]
+    return tuple((block[:, 0], block[:, 1]) for block in blocks)
 
 
 class GatedFeedForward(nn.Module):

@@ -18,6 +18,7 @@ from infimm_fast.modeling_gated_cross_attention import (
     CrossAttentionInputs,
     GatedCrossAttentionBlock,
     insert_gated_cross_attention,
+    project_visual_at_once,
 )
 from infimm_fast.position_embedding import subimage_position_embedding
 from infimm_fast.tiling import tile_count, tile_places
@@ -174,7 +175,7 @@ class InfiMMHDForConditionalGeneration(InfiMMHDPreTrainedModel, GenerationMixin)
         row_images = torch.stack((ends - counts, ends), dim=1).to(features.device)
         key_values = None
         if self.config.implementation != "reference":
-            key_values = tuple(block.attn.project_visual(features) for block in self.gated_blocks)
+            key_values = project_visual_at_once([block.attn for block in self.gated_blocks], features)
         return VisualContext(features, offsets, row_images, key_values)
 
     def forward(

@@ -26,7 +26,10 @@ def _vicuna(size: str) -> LlamaConfig:
 
 
 def _high_resolution() -> InfiMMHDConfig:
-    return InfiMMHDConfig(vision_config=InfiMMHDVisionConfig(image_size=448), text_config=_vicuna("13b"))
+    """The model of the paper, whose features come from the penultimate block (arXiv 2403.01487)."""
+    return InfiMMHDConfig(
+        vision_config=InfiMMHDVisionConfig(image_size=448), text_config=_vicuna("13b"), vision_feature_layer=-2
+    )
 
 
 def _pretrain(size: str) -> InfiMMHDConfig:

@@ -9,12 +9,12 @@ ROOT = Path(__file__).parents[1]
 def test_readme_examples(monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    assert len(blocks) >= 3
+    assert len(blocks) >= 4
     namespace: dict = {}
     for block in blocks:
         exec(compile(block, "README.md", "exec"), namespace)
     assert "[5, 3, 112, 112]" in capsys.readouterr().out
-    assert namespace["out"].shape == (1, 6, 512)
+    assert namespace["states"].shape == (1, 6, 512)
 
 
 def test_readme_starts_with_the_commands_and_links_exist():

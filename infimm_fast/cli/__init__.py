@@ -26,10 +26,17 @@ def one_line_errors() -> Iterator[None]:
     """Print errors in the user's input as one line and leave with exit code 1; bugs keep their traceback."""
     from infimm_fast import errors
 
-    expected = tuple(value for value in vars(errors).values() if isinstance(value, type) and issubclass(value, Exception))
+    expected: tuple[type[Exception], ...] = (
+        errors.CheckpointError,
+        errors.ConfigurationError,
+        errors.ImageCountError,
+        errors.ImageInputError,
+        errors.PromptError,
+        OSError,
+    )
     try:
         yield
-    except (*expected, OSError) as error:
+    except expected as error:
         error_console.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
         raise typer.Exit(1) from error
 

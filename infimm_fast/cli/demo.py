@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import BatchFeature
 
+from infimm_fast.cli.doctor import implementations
 from infimm_fast.cli.tiles import draw_tiles
 from infimm_fast.errors import CheckpointError, ConfigurationError
 from infimm_fast.image_processing_infimm_hd import InfiMMHDImageProcessor
@@ -24,7 +25,6 @@ from infimm_fast.processing_infimm_hd import InfiMMHDProcessor
 from infimm_fast.tokenization_bytes import byte_tokenizer
 
 BASELINE = "reference"
-IMPLEMENTATIONS = (BASELINE, "sdpa")
 STAGES = ("tiling", "vision", "K/V projection", "prefill", "per token")
 
 # Largest deviation from the baseline, over its largest value, that counts as the same result.
@@ -75,13 +75,16 @@ def run_demo(
     text = processor.apply_chat_template(conversation, add_generation_prompt=True)
     inputs = processor(images=picture, text=text).to(device)
     results = {}
-    for name in IMPLEMENTATIONS:
+    names = [name for name, runs, _ in implementations(device) if runs]
+    for name in names:
         model.set_implementation(name)
         with console.status(f"running {name} ..."):
             results[name] = _run_stages(model, inputs, max_new_tokens, repeats)
     tiling = _median_seconds(lambda: processor.image_processor(picture), repeats, device)
     for result in results.values():
         result.seconds["tiling"] = tiling
+    for name, runs, remark in implementations(device):
+        console.print(f"{name if runs else f'no column for {name}'}: {remark}", highlight=False, markup=False)
     answer = processor.decode(results["sdpa"].tokens, skip_special_tokens=True)
     console.print(f"Question: {prompt}", highlight=False, markup=False)
     console.print(f"Answer:   {answer!r}", highlight=False, markup=False)
@@ -222,14 +225,17 @@ def _print_parity(console: Console, results: dict[str, StageResults], dtype: tor
 
 
 def _print_latency(console: Console, results: dict[str, StageResults], title: str) -> None:
-    table = Table("stage", *(f"{name} ms" for name in results), "speed-up", title=f"Latency: {title}")
-    best = list(results)[-1]
+    table = Table("stage", *(f"{name} ms" for name in results), title=f"Latency: {title}")
     for stage in STAGES:
-        seconds = [result.seconds[stage] for result in results.values()]
-        ratio = results[BASELINE].seconds[stage] / results[best].seconds[stage]
-        label = stage + (" (*)" if stage == "K/V projection" else "")
-        table.add_row(label, *(f"{value * 1e3:.2f}" for value in seconds), "" if stage == "tiling" else f"{ratio:.2f}x")
-    table.caption = f"median; (*) once for a picture, but {BASELINE} does it again in every prefill and token"
+        baseline = results[BASELINE].seconds[stage]
+        cells = []
+        for name, result in results.items():
+            speed_up = "" if name == BASELINE or stage == "tiling" else f"  {baseline / result.seconds[stage]:.2f}x"
+            cells.append(f"{result.seconds[stage] * 1e3:.2f}{speed_up}")
+        table.add_row(stage + (" (*)" if stage == "K/V projection" else ""), *cells)
+    table.caption = (
+        f"median; x: speed-up over {BASELINE}; (*) once for a picture, but {BASELINE} does it again in every step"
+    )
     console.print(table)
 
 

@@ -7,9 +7,12 @@ import platform
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 import infimm_fast
+from infimm_fast.kernels import BackendUnavailableError
+from infimm_fast.kernels.common.launch import resolve_backend
 
 # Distribution name, what it is for, how to get it. More than one name: any of them will do.
 _PACKAGES = (
@@ -34,12 +37,25 @@ def installed_version(names: tuple[str, ...]) -> str | None:
     return None
 
 
-def implementations() -> list[tuple[str, bool, str]]:
-    """Return (name, whether it runs here, remark) for every implementation of the model."""
-    device = f"on {torch.cuda.get_device_name()}" if torch.cuda.is_available() else "on the CPU (no CUDA GPU is visible)"
+def implementations(device: torch.device | None = None) -> list[tuple[str, bool, str]]:
+    """Return (name, whether it runs, remark) for every implementation of the model.
+
+    Args:
+        device: where the model is to run; None for a CUDA GPU if there is one, else the CPU.
+    """
+    if device is None:
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    place = f"on {torch.cuda.get_device_name(device)}" if device.type == "cuda" else "on the CPU"
+    triton_place = "in Triton's interpreter, whose times mean nothing" if device.type == "cpu" else place
+    try:
+        resolve_backend("triton", torch.empty(0, device=device))
+        triton_remark, runs_triton = f"our kernel in the vision tower, the rest as sdpa, {triton_place}", True
+    except BackendUnavailableError as error:
+        triton_remark, runs_triton = str(error), False
     return [
-        ("reference", True, f"the naive path, {device}"),
-        ("sdpa", True, f"PyTorch's fused attention, {device}"),
+        ("reference", True, f"the naive path, {place}"),
+        ("sdpa", True, f"PyTorch's fused attention, {place}"),
+        ("triton", runs_triton, triton_remark),
     ]
 
 
@@ -61,13 +77,11 @@ def run_doctor(console: Console) -> None:
     packages = Table("package", "installed", "needed for", "how to get it", title="Packages")
     for names, purpose, command in _PACKAGES:
         found = installed_version(names)
-        packages.add_row(
-            " or ".join(names[:2]), found or "[yellow]no[/]", purpose, "" if found else command.replace("[", r"\[")
-        )
+        packages.add_row(" or ".join(names[:2]), found or "[yellow]no[/]", purpose, "" if found else escape(command))
     console.print(packages)
     backends = Table("implementation", "runs here", "remark", title="Implementations of the model")
     for name, runs, remark in implementations():
-        backends.add_row(name, "[green]yes[/]" if runs else "[yellow]no[/]", remark)
+        backends.add_row(name, "[green]yes[/]" if runs else "[yellow]no[/]", escape(remark))
     console.print(backends)
     console.print("Export targets: this version has none yet.")
     for sentence in conflicts():

@@ -5,8 +5,14 @@ imported, keeps ``infimm_fast.kernels.subimage_attention`` the function whatever
 imports triton or touches CUDA.
 """
 
-from infimm_fast.kernels.common.checks import KernelArgumentError
+from infimm_fast.kernels.common.checks import BackendUnavailableError, KernelArgumentError
 from infimm_fast.kernels.gated_cross_attention.api import gated_cross_attention
-from infimm_fast.kernels.subimage_attention.api import subimage_attention
+from infimm_fast.kernels.subimage_attention.api import subimage_attention, subimage_attention_packed
 
-__all__ = ["KernelArgumentError", "gated_cross_attention", "subimage_attention"]
+__all__ = [
+    "BackendUnavailableError",
+    "KernelArgumentError",
+    "gated_cross_attention",
+    "subimage_attention",
+    "subimage_attention_packed",
+]

@@ -41,11 +41,47 @@ def apply_rope(
     return torch.cat((head, rotated.to(x.dtype)), dim=1)
 
 
+def visible_mask(
+    tokens: int,
+    device: torch.device,
+    seqlens: torch.Tensor | None = None,
+    cu_seqlens: torch.Tensor | None = None,
+    is_causal: bool = False,
+) -> torch.Tensor | None:
+    """Return which query sees which key, bool ``[B or 1, N, N]``, or None if everyone sees everything.
+
+    Args:
+        tokens: N.
+        device: where the mask is made.
+        seqlens: ``[B]``; tokens at or past a tile's length neither see nor are seen.
+        cu_seqlens: ``[sequences + 1]``; tokens see their own sequence. Tokens outside every sequence see nothing.
+        is_causal: a token sees no later one.
+    """
+    if seqlens is None and cu_seqlens is None and not is_causal:
+        return None
+    index = torch.arange(tokens, device=device)
+    mask = torch.ones(1, tokens, tokens, dtype=torch.bool, device=device)
+    if seqlens is not None:
+        valid = index < seqlens[:, None]  # [B, N]
+        mask = valid[:, :, None] & valid[:, None, :]
+    if cu_seqlens is not None:
+        # 0 is before the first sequence, len(cu_seqlens) behind the last.
+        sequence = torch.searchsorted(cu_seqlens.to(index.dtype), index, right=True)
+        inside = (sequence > 0) & (sequence < cu_seqlens.shape[0])
+        mask = ((sequence[:, None] == sequence[None, :]) & inside[:, None])[None]
+    if is_causal:
+        mask = mask & (index[:, None] >= index[None, :])
+    return mask
+
+
 def subimage_attention_reference(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
     scale: float,
+    seqlens: torch.Tensor | None = None,
+    cu_seqlens: torch.Tensor | None = None,
+    is_causal: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention with the whole score matrix in memory; softmax in at least float32, probabilities rounded before P V.
 
@@ -54,12 +90,24 @@ def subimage_attention_reference(
         k: like `q`.
         v: like `q`.
         scale: multiplies the scores.
+        seqlens: see `visible_mask`.
+        cu_seqlens: see `visible_mask`.
+        is_causal: see `visible_mask`.
 
     Returns:
-        The output ``[B, N, H, D]`` in the dtype of `q` and the log-sum-exp of the scaled scores ``[B, H, N]``.
+        The output ``[B, N, H, D]`` in the dtype of `q` and the log-sum-exp of the scaled scores ``[B, H, N]``. A token
+        that sees nothing has output 0 and log-sum-exp -inf.
     """
     wide = torch.promote_types(q.dtype, torch.float32)
     scores = torch.einsum("bnhd,bmhd->bhnm", q, k).to(wide) * scale  # [B, H, N, N]
-    lse = torch.logsumexp(scores, dim=-1)
-    probabilities = torch.softmax(scores, dim=-1).to(q.dtype)
+    mask = visible_mask(q.shape[1], q.device, seqlens, cu_seqlens, is_causal)
+    if mask is None:
+        probabilities = torch.softmax(scores, dim=-1).to(q.dtype)
+        return torch.einsum("bhnm,bmhd->bnhd", probabilities, v), torch.logsumexp(scores, dim=-1)
+    mask = mask[:, None]  # [B or 1, 1, N, N]
+    lse = torch.logsumexp(scores.masked_fill(~mask, float("-inf")), dim=-1)
+    # A row without any visible key would be NaN: let it see all keys for the softmax, then drop what it must not see.
+    empty = ~mask.any(-1, keepdim=True)
+    scores = scores.masked_fill(~mask & ~empty, float("-inf"))
+    probabilities = torch.softmax(scores, dim=-1).masked_fill(~mask, 0.0).to(q.dtype)
     return torch.einsum("bhnm,bmhd->bnhd", probabilities, v), lse

@@ -11,23 +11,25 @@ from infimm_fast.kernels.subimage_attention.reference import apply_rope
 from infimm_fast.position_embedding import axial_rope
 
 
-@pytest.fixture(scope="module", params=("sdpa", "reference"))
-def tower(request):
-    case = golden.manifest()["case_b"]
-    config = InfiMMHDVisionConfig(
+def tower_config(implementation):
+    return InfiMMHDVisionConfig(
         hidden_size=128,
         num_hidden_layers=3,
         num_attention_heads=2,
-        intermediate_size=case["mlp_hidden"],
+        intermediate_size=golden.manifest()["case_b"]["mlp_hidden"],
         image_size=56,
         norm_position="pre",
         mlp_type="swiglu",
         use_sub_layer_norm=True,
         use_rope=True,
         projection_dim=32,
-        implementation=request.param,
+        implementation=implementation,
     )
-    tower = EvaVisionTower(config).eval()
+
+
+@pytest.fixture(scope="module", params=("sdpa", "reference"))
+def tower(request):
+    tower = EvaVisionTower(tower_config(request.param)).eval()
     tower.load_state_dict(tower_state())
     return tower
 

@@ -3,7 +3,8 @@
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer
+from transformers import AutoProcessor, AutoTokenizer
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from infimm_fast import InfiMMHDProcessor, byte_tokenizer, preset
 from infimm_fast.errors import ImageCountError, PromptError

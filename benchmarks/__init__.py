@@ -1,0 +1,1 @@
+"""Benchmarks and offline checks of the kernels; installs as ``infimm_fast.benchmarks``."""

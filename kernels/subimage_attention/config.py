@@ -1,0 +1,172 @@
+"""Which tiles each kernel uses: a pure function over a frozen table, keyed by kernel, architecture, dtype and head dim.
+
+Every row was chosen by the offline gate (`infimm_fast.benchmarks.compile_gate`): the preferred shape that compiles
+without spills in the forward and fits the shared memory, both with a peeled token and with a masked tail. None has been
+timed yet; a row that has says so.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from infimm_fast.kernels.common.checks import KernelArgumentError
+from infimm_fast.kernels.common.launch import LaunchConfig
+
+HEAD_DIMS = (64, 72, 80, 88, 96, 104, 112, 128)
+ARCHITECTURES = (80, 89, 90, 100, 120)
+KERNELS = ("forward", "backward_kv", "backward_q")
+# Forwards over at most this many tokens (windows of 8 x 8 patches, small crops) use the narrow rows.
+SHORT = 64
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of the table: tiles for head dims up to `head_dim`; the others as in `LaunchConfig`."""
+
+    head_dim: int
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+    max_registers: int | None = None
+
+
+# (head dim up to, BLOCK_M, BLOCK_N, warps, stages, register cap) by kernel and architecture. None is measured; the
+# words say what the compiled code shows, at the triton version of the gate's report.
+_ROWS_16: dict[tuple[str, int], tuple[Row, ...]] = {
+    # 163 to 194 registers: one program of 8 warps; the usual 4 warps for D = 64 spill.
+    # Beyond 96, 128 rows spill and 64 rows with 4 warps fit twice.
+    ("forward", 80): (Row(96, 128, 64, 8, 2), Row(128, 64, 64, 4, 2)),
+    # 64-row tiles spill beyond 96 when masked; 32 keys and a third stage (64 KB of 99) do not.
+    ("forward", 89): (Row(96, 128, 64, 8, 2), Row(128, 128, 32, 8, 3)),
+    # Up to 80 a cap at 128 registers spills nothing, and two programs share a multiprocessor; a wider accumulator
+    # leaves room for one, so the shared memory goes into a third stage.
+    ("forward", 90): (Row(80, 128, 64, 8, 2, 128), Row(128, 128, 64, 8, 3)),
+    # Accumulators lie in tensor memory: 111 registers at 64. A cap spills from 72 on, a third stage at 88 and 96.
+    ("forward", 100): (Row(64, 128, 64, 8, 2, 128), Row(96, 128, 64, 8, 2), Row(128, 128, 64, 8, 3)),
+    # 128 x 64 spills with a cover's second piece of 16, and beyond 96.
+    ("forward", 120): (
+        Row(64, 128, 64, 8, 2),
+        Row(80, 64, 64, 4, 2),
+        Row(96, 128, 64, 8, 2),
+        Row(128, 128, 32, 8, 3),
+    ),
+    # dk and dv are two accumulators of BLOCK_N rows; 64 queries a step spill beyond 64, 128 keys at 96.
+    ("backward_kv", 80): (
+        Row(64, 64, 128, 8, 2),
+        Row(80, 32, 128, 8, 2),
+        Row(96, 32, 64, 8, 2),
+        Row(128, 32, 128, 8, 2),
+    ),
+    # 128 keys spill at 64 (masked) and at 88 (peeled).
+    ("backward_kv", 89): (
+        Row(64, 32, 64, 4, 2),
+        Row(80, 32, 128, 8, 2),
+        Row(96, 32, 64, 8, 2),
+        Row(128, 32, 128, 8, 2),
+    ),
+    # 64 queries a step spill 18 to 36 beyond 96.
+    ("backward_kv", 90): (Row(96, 64, 128, 8, 2), Row(128, 32, 128, 8, 2)),
+    # 136 KB of shared memory at 96.
+    ("backward_kv", 100): (Row(96, 64, 128, 8, 2), Row(128, 32, 128, 8, 2)),
+    # As on 89, but 128 keys spill beyond 96 and 64 do not. At 88 the masked variant spills 4, the least of all shapes.
+    ("backward_kv", 120): (
+        Row(64, 32, 64, 4, 2),
+        Row(80, 32, 128, 8, 2),
+        Row(96, 32, 64, 8, 2),
+        Row(128, 64, 64, 8, 2),
+    ),
+    # 64 keys a step spill beyond 80.
+    ("backward_q", 80): (Row(80, 128, 64, 8, 2), Row(128, 128, 32, 8, 2)),
+    # 64 keys a step spill a little from 72 on.
+    ("backward_q", 89): (Row(64, 128, 64, 8, 2), Row(128, 128, 32, 8, 2)),
+    # 122 to 210 registers, no spill.
+    ("backward_q", 90): (Row(128, 128, 64, 8, 2),),
+    # 90 to 164 registers up to 96; 64 keys a step spill at 128.
+    ("backward_q", 100): (Row(96, 128, 64, 8, 2), Row(128, 128, 32, 8, 2)),
+    # 64 keys a step spill from 72 on.
+    ("backward_q", 120): (Row(64, 128, 64, 8, 2), Row(128, 128, 32, 8, 2)),
+}
+# fp32 keeps its precision, so its products run on plain arithmetic units and their operands fill the registers: larger
+# tiles spill, up to by the hundred. The forward's cap acts as a floor: left alone, the assembler aims at 64 and spills.
+_ROWS_32 = {
+    "forward": Row(128, 32, 16, 8, 2, 128),
+    "backward_kv": Row(128, 16, 32, 4, 2),
+    "backward_q": Row(128, 32, 16, 4, 2),
+}
+# One tile for a window; 4 warps, since half of 128 rows would be empty.
+_ROW_SHORT = Row(128, 64, 32, 4, 2)
+
+
+def cover_of(width: int) -> tuple[int, ...]:
+    """Return powers of two, at least 16 each, that cover `width` channels: the fewest channels, then the fewest pieces.
+
+    ``72 -> (64, 16)``, ``88 -> (64, 32)``, ``112 -> (64, 32, 16)``, ``128 -> (128,)``.
+    """
+    padded = max(16, 1 << (width - 1).bit_length())
+    if padded == 16:
+        return (16,)
+    half = padded // 2
+    pieces = (half, *cover_of(width - half))
+    return pieces if sum(pieces) < padded else (padded,)
+
+
+def architecture_of(capability: int) -> int:
+    """Return the architecture whose rows serve a compute capability (90 for a Hopper).
+
+    Raises:
+        KernelArgumentError: the GPU is older than Ampere.
+    """
+    if capability < 80:
+        raise KernelArgumentError(f"the kernels need compute capability 8.0 or later, not {capability / 10}")
+    # 8.6 has the shared memory of 8.9, 12.1 is a 12.0, and 11.0 and 10.3 belong to 10.0.
+    if 80 < capability < 90 and capability != 87:
+        return 89
+    return max(architecture for architecture in ARCHITECTURES if architecture <= capability)
+
+
+def choose_config(
+    kernel: str,
+    head_dim: int,
+    dtype: torch.dtype,
+    max_len: int,
+    capability: int,
+    *,
+    peel: bool = True,
+    rope: bool = False,
+) -> LaunchConfig:
+    """Return the launch configuration of one kernel.
+
+    Args:
+        kernel: "forward", "backward_kv" (dk and dv) or "backward_q" (dq).
+        head_dim: D, at most 128.
+        dtype: float16, bfloat16 or float32.
+        max_len: tokens of the longest sequence; only its bucket and its remainder decide, never the number itself.
+        capability: compute capability, 90 for a Hopper.
+        peel: allow the first token to be peeled off. Callers forbid it where tiles have different lengths.
+        rope: the kernel rotates queries, which would spill under a register cap.
+    """
+    architecture = architecture_of(capability)
+    bits = 32 if dtype == torch.float32 else 16
+    if bits == 32:
+        row = _ROWS_32[kernel]
+    elif kernel == "forward" and max_len <= SHORT:
+        row = _ROW_SHORT
+    else:
+        row = next(row for row in _ROWS_16[kernel, architecture] if head_dim <= row.head_dim)
+    # Above 96 the cover of three pieces saves an eighth of the products at best, and its last one, 16 wide, runs at
+    # half rate or less: padded. Below, the cover saves a quarter (88, 96) or more (72, 80).
+    padded = max(16, 1 << (head_dim - 1).bit_length())
+    cover = cover_of(head_dim) if 64 < head_dim <= 96 else (padded,)
+    blocks = (row.block_n, row.block_m) if kernel != "backward_kv" else (row.block_m, row.block_n)
+    return LaunchConfig(
+        block_m=row.block_m,
+        block_n=row.block_n,
+        num_warps=row.num_warps,
+        num_stages=row.num_stages,
+        cover=cover,
+        peel=peel and max_len % blocks[0] == 1,
+        max_registers=None if rope else row.max_registers,
+    )

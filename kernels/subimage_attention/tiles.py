@@ -1,0 +1,168 @@
+"""Pieces that the Triton kernels share: where a program's rows lie, and tiles of rows on a cover of the head dim.
+
+A tile is a tuple of blocks ``[rows, width]``, one for each power of two in COVER; the widths add up to at least D, and
+channels past D read as 0. A padded head dim is the cover with one piece. Strides are counted in units of ALIGN
+elements.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.constexpr_function
+def piece_width(cover, index):
+    """Return the width of one piece of the cover."""
+    return cover[index]
+
+
+@triton.constexpr_function
+def piece_start(cover, index):
+    """Return the first channel of one piece of the cover."""
+    return sum(cover[:index])
+
+
+@triton.jit
+def locate(pid, num_blocks, num_heads, num_tokens, lengths_ptr, PACKED: tl.constexpr):
+    """Return (block, batch, head, first row, valid length, stored rows) of a program.
+
+    Blocks of one head are neighbours, so that they share the head's keys and values in L2. Rows between the valid
+    length and the stored rows are padding. PACKED: lengths_ptr holds cumulative offsets, the batch index is 0.
+    """
+    block = pid % num_blocks
+    head = (pid // num_blocks) % num_heads
+    batch = pid // num_blocks // num_heads
+    first = (batch * 0).to(tl.int64)
+    length = num_tokens
+    stored = num_tokens
+    if PACKED:
+        first = tl.load(lengths_ptr + batch).to(tl.int64)
+        length = (tl.load(lengths_ptr + batch + 1).to(tl.int64) - first).to(tl.int32)
+        stored = length
+        batch = batch * 0
+    elif lengths_ptr is not None:
+        length = tl.minimum(tl.maximum(tl.load(lengths_ptr + batch), 0), num_tokens).to(tl.int32)
+    return block, batch, head, first, length, stored
+
+
+@triton.jit
+def head_start(ptr, batch, head, row, stride_b, stride_n, stride_h, ALIGN: tl.constexpr):
+    """Return the pointer to one row of one head; 64-bit, since a batch stride can pass 2^31 elements."""
+    offset = batch.to(tl.int64) * stride_b + head.to(tl.int64) * stride_h + row.to(tl.int64) * stride_n
+    return ptr + offset * ALIGN
+
+
+@triton.jit
+def row_offsets(ROWS: tl.constexpr, stride_n, ALIGN: tl.constexpr, WIDE: tl.constexpr):
+    """Return the offsets ``[ROWS, 1]`` of consecutive rows."""
+    offs = tl.arange(0, ROWS)
+    if WIDE:
+        offs = offs.to(tl.int64)
+    return offs[:, None] * (stride_n * ALIGN)
+
+
+@triton.jit
+def load_piece(ptr, o_row, rows_left, D: tl.constexpr, START: tl.constexpr, WIDTH: tl.constexpr, MASKED: tl.constexpr):
+    """Load ``[rows, WIDTH]`` from channel START on; masks appear only where something can be outside."""
+    o_d = START + tl.arange(0, WIDTH)[None, :]
+    p_block = ptr + o_row + o_d
+    if MASKED:
+        m_row = tl.arange(0, o_row.shape[0])[:, None] < rows_left
+        return tl.load(p_block, mask=m_row & (o_d < D), other=0.0)
+    elif START + WIDTH > D:
+        return tl.load(p_block, mask=o_d < D, other=0.0)
+    else:
+        return tl.load(p_block)
+
+
+@triton.jit
+def load_tile(ptr, o_row, rows_left, D: tl.constexpr, COVER: tl.constexpr, MASKED: tl.constexpr):
+    """Load consecutive rows from `ptr`; with MASKED those at or past `rows_left` read as 0."""
+    tile = ()
+    for i in tl.static_range(len(COVER)):
+        tile += (load_piece(ptr, o_row, rows_left, D, piece_start(COVER, i), piece_width(COVER, i), MASKED),)
+    return tile
+
+
+@triton.jit
+def store_piece(ptr, block, o_row, rows_left, D: tl.constexpr, START: tl.constexpr, WIDTH: tl.constexpr):
+    """Store ``[rows, WIDTH]`` at channel START, in the dtype behind `ptr`."""
+    o_d = START + tl.arange(0, WIDTH)[None, :]
+    m_row = tl.arange(0, o_row.shape[0])[:, None] < rows_left
+    tl.store(ptr + o_row + o_d, block.to(ptr.dtype.element_ty), mask=m_row & (o_d < D))
+
+
+@triton.jit
+def store_tile(ptr, tile, o_row, rows_left, valid_left, D: tl.constexpr, COVER: tl.constexpr):
+    """Store the first `rows_left` rows; those at or past `valid_left` become 0."""
+    m_valid = tl.arange(0, o_row.shape[0])[:, None] < valid_left
+    for i in tl.static_range(len(COVER)):
+        block = tl.where(m_valid, tile[i], 0.0)
+        store_piece(ptr, block, o_row, rows_left, D, piece_start(COVER, i), piece_width(COVER, i))
+
+
+@triton.jit
+def zero_tile(ROWS: tl.constexpr, COVER: tl.constexpr):
+    """Return an fp32 accumulator of zeros."""
+    tile = ()
+    for i in tl.static_range(len(COVER)):
+        tile += (tl.zeros([ROWS, piece_width(COVER, i)], tl.float32),)
+    return tile
+
+
+@triton.jit
+def scores_of(a, b, COVER: tl.constexpr):
+    """Return ``a @ b^T`` in fp32, ``[rows of a, rows of b]``."""
+    total = tl.dot(a[0], tl.trans(b[0]), input_precision="ieee")
+    for i in tl.static_range(1, len(COVER)):
+        total = tl.dot(a[i], tl.trans(b[i]), total, input_precision="ieee")
+    return total
+
+
+@triton.jit
+def add_product(acc, weights, tile, COVER: tl.constexpr):
+    """Return ``acc + weights @ tile``; the weights are rounded to the tile's dtype."""
+    result = ()
+    for i in tl.static_range(len(COVER)):
+        result += (tl.dot(weights.to(tile[i].dtype), tile[i], acc[i], input_precision="ieee"),)
+    return result
+
+
+@triton.jit
+def row_products(tile, row, COVER: tl.constexpr):
+    """Return the dot product of every row of `tile` with the only row of `row`, fp32 ``[rows]``; no tensor cores."""
+    total = tl.sum(tile[0].to(tl.float32) * row[0].to(tl.float32), axis=1)
+    for i in tl.static_range(1, len(COVER)):
+        total += tl.sum(tile[i].to(tl.float32) * row[i].to(tl.float32), axis=1)
+    return total
+
+
+@triton.jit
+def outer_product(weights, row, COVER: tl.constexpr):
+    """Return ``weights [rows]`` times the only row of `row`, fp32."""
+    result = ()
+    for i in tl.static_range(len(COVER)):
+        result += (weights[:, None] * row[i].to(tl.float32),)
+    return result
+
+
+@triton.jit
+def add_weighted_rows(acc, weights, tile, COVER: tl.constexpr):
+    """Return ``acc + weights [rows] @ tile`` as a tile with one row, without tensor cores."""
+    result = ()
+    for i in tl.static_range(len(COVER)):
+        result += (acc[i] + tl.sum(weights[:, None] * tile[i].to(tl.float32), axis=0)[None, :],)
+    return result
+
+
+@triton.jit
+def scale_tile(tile, factor, COVER: tl.constexpr):
+    """Return `tile` times `factor`, a number or ``[rows, 1]``."""
+    result = ()
+    for i in tl.static_range(len(COVER)):
+        result += (tile[i] * factor,)
+    return result
