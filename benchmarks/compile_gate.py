@@ -176,15 +176,25 @@ def record(job: Job, config: LaunchConfig) -> Launch:
     packed = torch.empty((TILES, tokens, 3, HEADS, head_dim), dtype=dtype, device="meta")
     table = torch.empty((tokens - 1, head_dim), device="meta") if job.variant == "rope" else None
     q, k, v = packed.unbind(2)
-    common: Any = (head_dim**-0.5, table, table, 1 if table is not None else 0, True, None, False, tokens, False)
+    common: dict[str, Any] = {
+        "scale": head_dim**-0.5,
+        "rope_cos": table,
+        "rope_sin": table,
+        "rope_prefix": 1 if table is not None else 0,
+        "rope_interleaved": True,
+        "lengths": None,
+        "packed": False,
+        "max_tokens": tokens,
+        "is_causal": False,
+    }
     with recorded_launches() as launches:
         if job.kernel == "forward":
-            launch_forward(q, k, v, *common, config=config)
+            launch_forward(q, k, v, **common, config=config)
         else:
             out = torch.empty((TILES, tokens, HEADS, head_dim), dtype=dtype, device="meta")
             lse = torch.empty((TILES, HEADS, tokens), device="meta")
-            gradients: Any = torch.empty_like(packed).unbind(2)
-            launch_backward(out, q, k, v, out, lse, *common, *gradients, config_kv=config, config_q=config)
+            dq, dk, dv = torch.empty_like(packed).unbind(2)
+            launch_backward(out, q, k, v, out, lse, dq=dq, dk=dk, dv=dv, **common, config_kv=config, config_q=config)
     return next(launch for launch in launches if launch.kernel.__name__ == KERNEL_NAMES[job.kernel])
 
 
