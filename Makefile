@@ -10,7 +10,7 @@ INSTALLED := $(VENV)/installed
 help:
 	@echo "make demo       ask the tiny model about a photograph; compare and time the implementations"
 	@echo "make test       the tests, minutes"
-	@echo "make test-full  all tests, the long ones too"
+	@echo "make test-full  the long tests"
 	@echo "make lint       ruff and mypy"
 
 demo: $(INSTALLED)
@@ -20,7 +20,7 @@ test: $(INSTALLED)
 	$(BIN)/python -m pytest -m "not slow"
 
 test-full: $(INSTALLED)
-	$(BIN)/python -m pytest --durations=10
+	$(BIN)/python -m pytest -m slow --durations=10
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

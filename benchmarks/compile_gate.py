@@ -27,8 +27,9 @@ from typing import Any
 
 import torch
 
+from infimm_fast.kernels.common.configs import ARCHITECTURES
 from infimm_fast.kernels.common.launch import LaunchConfig
-from infimm_fast.kernels.subimage_attention.config import ARCHITECTURES, HEAD_DIMS, KERNELS, choose_config
+from infimm_fast.kernels.subimage_attention.config import HEAD_DIMS, KERNELS, choose_config
 
 # Shared memory that one block may use, bytes (CUDA programming guide, technical specifications per compute capability).
 SHARED_LIMIT = {80: 166912, 89: 101376, 90: 232448, 100: 232448, 120: 101376}

@@ -115,8 +115,8 @@ class InfiMMHDConfig(PretrainedConfig):
         gate_initializer_range: standard deviation of fresh gates; 0 gives closed gates, as in training from scratch.
         initializer_range: standard deviation of fresh weights.
         implementation: "sdpa" (PyTorch's fused attention, cross K/V computed once), "reference" (the naive path: scores and
-            masks in memory, cross K/V computed again at every step) or "triton" (our kernel in the tower; the
-            cross-attention has none yet and runs as in "sdpa").
+            masks in memory, cross K/V computed again at every step) or "triton" (our kernels for both attentions,
+            cross K/V computed once).
 
     Source: InfiMM-HD (arXiv 2403.01487, section 3).
     """

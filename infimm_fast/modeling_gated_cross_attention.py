@@ -39,9 +39,7 @@ class VisualCrossAttention(nn.Module):
         if key_value is None or self.implementation == "reference":
             key_value = self.project_visual(features)
         q = self.q_proj(self.norm(x)).unflatten(-1, (self.num_heads, self.head_dim))  # [B, T, H, D]
-        # The op has no Triton kernel yet; the implementation of that name says so in its documentation.
-        backend = "sdpa" if self.implementation == "triton" else self.implementation
-        out = gated_cross_attention(q, *key_value, kv_range, backend=backend)
+        out = gated_cross_attention(q, *key_value, kv_range, backend=self.implementation)
         assert isinstance(out, torch.Tensor)  # no log-sum-exp was asked for
         return self.o_proj(out.flatten(2))
 

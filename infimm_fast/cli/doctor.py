@@ -49,7 +49,7 @@ def implementations(device: torch.device | None = None) -> list[tuple[str, bool,
     triton_place = "in Triton's interpreter, whose times mean nothing" if device.type == "cpu" else place
     try:
         resolve_backend("triton", torch.empty(0, device=device))
-        triton_remark, runs_triton = f"our kernel in the vision tower, the rest as sdpa, {triton_place}", True
+        triton_remark, runs_triton = f"our kernels for both attentions, {triton_place}", True
     except BackendUnavailableError as error:
         triton_remark, runs_triton = str(error), False
     return [

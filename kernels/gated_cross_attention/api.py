@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import math
+import warnings
+
 import torch
-import torch.nn.functional as F
 
 from infimm_fast.kernels.common.checks import KernelArgumentError, check_choice, check_same_kind, check_shape
-from infimm_fast.kernels.gated_cross_attention.reference import gated_cross_attention_reference, interval_mask
+from infimm_fast.kernels.common.launch import resolve_backend
+from infimm_fast.kernels.gated_cross_attention import ops
+from infimm_fast.kernels.gated_cross_attention.reference import gated_cross_attention_reference
 
-BACKENDS = ("auto", "sdpa", "reference")
+BACKENDS = ("auto", "triton", "sdpa", "reference")
+TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+MAX_HEAD_DIM = 128
 
 
 def gated_cross_attention(
@@ -18,6 +24,7 @@ def gated_cross_attention(
     kv_range: torch.Tensor,
     *,
     scale: float | None = None,
+    validate: bool = False,
     return_lse: bool = False,
     backend: str = "auto",
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
@@ -32,65 +39,92 @@ def gated_cross_attention(
         row 1, t0 |           |                |###########|   kv_range (9, 12)
 
     Args:
-        q: queries ``[B, T, Hq, D]``.
+        q: queries ``[B, T, Hq, D]``, fp16, bf16 or fp32 (fp64 not in Triton); any strides. Tensors are read in place if
+            their last axis is contiguous.
         k: keys ``[S, Hkv, D]``, Hq a multiple of Hkv; any token stride.
         v: values, like `k`.
         kv_range: int32 or int64 ``[B, T, 2]``, half-open ``[start, end)``, absolute indices into S, clamped to ``[0, S]``.
             ``start >= end`` is an empty interval: output exactly 0, log-sum-exp -inf, gradients 0.
-        scale: multiplies the scores; default ``D ** -0.5``.
-        return_lse: also return the log-sum-exp of the scaled scores (natural log, fp32, ``[B, Hq, T]``). It is not
-            differentiable, and only the reference backend computes it.
-        backend: ``"sdpa"`` for PyTorch's fused attention over one dense mask ``[B * T, S]`` (no device sync, but every row
-            pays for all rows' pictures), ``"reference"`` for the plain statement, ``"auto"`` for the best one available.
+        scale: multiplies the scores, positive; default ``D ** -0.5``.
+        validate: check that all bounds lie in ``[0, S]``. The host waits for the device; skipped under `torch.compile`,
+            `torch.export` and graph capture, where it cannot.
+        return_lse: also return the log-sum-exp of the scaled scores (natural log, fp32, ``[B, Hq, T]``); not
+            differentiable.
+        backend: ``"triton"`` for the fused kernel (CUDA; CPU under ``TRITON_INTERPRET=1``), ``"sdpa"`` for PyTorch's
+            fused attention over one dense mask ``[B * T, S]`` (no device sync, but every row pays for all rows'
+            pictures), ``"reference"`` for the plain statement, ``"auto"`` for Triton where it can run and SDPA elsewhere.
 
     Returns:
-        ``[B, T, Hq, D]`` in the dtype of `q`, or the pair of it and the log-sum-exp.
+        ``[B, T, Hq, D]`` in the dtype of `q`, or the pair of it and the log-sum-exp. Triton's is contiguous, so that
+        ``reshape(B, T, Hq * D)`` is free.
 
     Raises:
-        KernelArgumentError: shapes, dtypes or devices do not fit together, or the backend is not known.
+        KernelArgumentError: an argument does not fit the others, or the backend does not take it.
+        BackendUnavailableError: ``"triton"`` was asked for and cannot run here.
 
     Source: the gated cross-attention of Flamingo (arXiv 2204.14198, section 3.1.2) as InfiMM-HD uses it
-    (arXiv 2403.01487, section 3).
+    (arXiv 2403.01487, section 3); FlashAttention-2 (arXiv 2307.08691) for the tiling, online softmax and backward.
     """
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    _check(q, k, v, kv_range, scale, backend)
+    if validate and not _may_not_sync(q):
+        _check_bounds(kv_range, k.shape[0])
+    chosen = resolve_backend(backend, q)
+    if chosen == "triton":
+        obstacle = _triton_obstacle(q)
+        if obstacle is not None and backend == "triton":
+            raise KernelArgumentError(obstacle)
+        if obstacle is not None:
+            warnings.warn(f"backend='auto' falls back to SDPA: {obstacle}", stacklevel=2)
+            chosen = "sdpa"
+    if chosen == "triton":
+        out, lse = torch.ops.infimm_fast.gated_cross_attention(q, k, v, kv_range, scale, chosen)
+        return (out, lse) if return_lse else out
+    if chosen == "reference":
+        out, lse = gated_cross_attention_reference(q, k, v, kv_range, scale)
+        return (out, lse.detach().float()) if return_lse else out
+    out = ops.composite_forward(q, k, v, kv_range, scale)
+    if not return_lse:
+        return out
+    with torch.no_grad():
+        return out, ops.composite_lse(q, k, kv_range, scale)
+
+
+def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, kv_range: torch.Tensor, scale: float, backend: str) -> None:
     check_choice("backend", backend, BACKENDS)
     check_shape("q", q, (None, None, None, None), "[B, T, Hq, D]")
     check_shape("k", k, (None, None, q.shape[3]), "[S, Hkv, D]")
     check_shape("v", v, tuple(k.shape), "[S, Hkv, D] of k")
     check_shape("kv_range", kv_range, (q.shape[0], q.shape[1], 2), "[B, T, 2]")
     check_same_kind("q", q, k=k, v=v)
-    if kv_range.dtype not in (torch.int32, torch.int64):
-        raise KernelArgumentError(f"kv_range has dtype {kv_range.dtype}; accepted are int32, int64")
+    if kv_range.dtype not in (torch.int32, torch.int64) or kv_range.device != q.device:
+        raise KernelArgumentError(
+            f"kv_range is {kv_range.dtype} on {kv_range.device}; accepted are int32, int64 on {q.device}"
+        )
     if k.shape[1] == 0 or q.shape[2] % k.shape[1]:
         raise KernelArgumentError(f"q has {q.shape[2]} heads and k has {k.shape[1]}; the first must be a multiple")
-    if return_lse and backend == "sdpa":
-        raise KernelArgumentError(
-            "backend='sdpa' has no log-sum-exp to return; accepted with return_lse are reference, auto"
-        )
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    if backend == "reference" or return_lse:
-        out, lse = gated_cross_attention_reference(q, k, v, kv_range, scale)
-        return (out, lse.detach()) if return_lse else out
-    return _sdpa(q, k, v, kv_range, scale)
+    if not 0.0 < scale < math.inf:
+        raise KernelArgumentError(f"scale={scale} is not accepted; it must be a positive number")
 
 
-def _sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, kv_range: torch.Tensor, scale: float) -> torch.Tensor:
-    """Fold batch and text into one query axis; no fully masked row ever reaches the softmax."""
-    batch, length, heads, head_dim = q.shape
-    if k.shape[0] == 0:
-        return torch.zeros_like(q)
-    kv_range = kv_range.clamp(0, k.shape[0]).reshape(batch * length, 2)
-    nonempty = kv_range[:, 0] < kv_range[:, 1]
-    # A token that sees nothing is shown key 0, and its result is dropped: softmax over no key would be NaN.
-    start = torch.where(nonempty, kv_range[:, 0], 0)
-    end = torch.where(nonempty, kv_range[:, 1], 1)
-    mask = interval_mask(torch.stack((start, end), dim=-1), k.shape[0])  # [B * T, S]
-    out = F.scaled_dot_product_attention(
-        q.reshape(1, batch * length, heads, head_dim).transpose(1, 2),
-        k.transpose(0, 1)[None],
-        v.transpose(0, 1)[None],
-        attn_mask=mask[None, None],
-        scale=scale,
-        enable_gqa=heads != k.shape[1],
-    )
-    out = out.transpose(1, 2).reshape(batch, length, heads, head_dim)
-    return out.masked_fill(~nonempty.view(batch, length, 1, 1), 0.0)
+def _may_not_sync(q: torch.Tensor) -> bool:
+    """Return whether values on the device cannot be read now."""
+    return torch.compiler.is_compiling() or (q.device.type == "cuda" and torch.cuda.is_current_stream_capturing())
+
+
+def _check_bounds(kv_range: torch.Tensor, num_keys: int) -> None:
+    if kv_range.numel() == 0:
+        return
+    low, high = (int(bound) for bound in torch.stack(kv_range.aminmax()).tolist())
+    if low < 0 or high > num_keys:
+        raise KernelArgumentError(f"kv_range holds bounds from {low} to {high}; accepted are 0 to {num_keys}, the size of k")
+
+
+def _triton_obstacle(q: torch.Tensor) -> str | None:
+    """Return why the kernel does not take these tensors, or None."""
+    head_dim = q.shape[3]
+    if q.dtype not in TRITON_DTYPES:
+        return f"the kernel takes float16, bfloat16 and float32, not {str(q.dtype).removeprefix('torch.')}"
+    if head_dim % 8 or not 0 < head_dim <= MAX_HEAD_DIM:
+        return f"the kernel takes head dims that are multiples of 8 up to {MAX_HEAD_DIM}, not {head_dim}"
+    return None

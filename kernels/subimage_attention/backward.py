@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import triton
 
+from infimm_fast.kernels.common.delta import DELTA_ROWS, delta_kernel
 from infimm_fast.kernels.common.launch import (
     LaunchConfig,
     capability,
@@ -16,11 +17,9 @@ from infimm_fast.kernels.common.launch import (
     rows_are_wide,
     rows_contiguous,
 )
-from infimm_fast.kernels.subimage_attention.backward_kernels import delta_kernel, key_value_kernel, query_kernel
+from infimm_fast.kernels.subimage_attention.backward_kernels import key_value_kernel, query_kernel
 from infimm_fast.kernels.subimage_attention.config import choose_config
 from infimm_fast.kernels.subimage_attention.rotate import launch_rotate
-
-DELTA_ROWS = 64
 
 
 def launch_backward(

@@ -1,7 +1,7 @@
 """The backward kernels: deterministic, without atomics.
 
-Three kernels: ``delta = sum(out * dout)`` for every query; dk and dv, one program for each block of keys walking over
-the queries; dq, one program for each block of queries walking over the keys. Both recompute the probabilities from the
+Two kernels: dk and dv, one program for each block of keys walking over the queries; dq, one program for each block of
+queries walking over the keys. Both recompute the probabilities from the
 log-sum-exp. PEEL is the forward's: accumulators start from the first token's share, and the first key (or query) is a
 program of its own without tensor cores. Padded queries are read as zeros and with a log-sum-exp of +inf, so their
 probabilities vanish.
@@ -12,7 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from infimm_fast.kernels.subimage_attention.tiles import (
+from infimm_fast.kernels.common.tiles import (
     LOG2_E,
     add_product,
     add_weighted_rows,
@@ -63,45 +63,6 @@ def load_statistics(lse_ptr, delta_ptr, start, length, ROWS: tl.constexpr):
     inside = index < length
     lse = tl.load(lse_ptr + index, mask=inside, other=float("inf"))
     return lse * LOG2_E, tl.load(delta_ptr + index, mask=inside, other=0.0)
-
-
-@triton.jit(do_not_specialize=_UNSPECIALISED)
-def delta_kernel(
-    out_ptr,
-    grad_ptr,
-    lengths_ptr,
-    num_tokens,
-    max_tokens,
-    num_heads,
-    stride_ob,
-    stride_on,
-    stride_oh,
-    stride_gb,
-    stride_gn,
-    stride_gh,
-    delta_ptr,
-    D: tl.constexpr,
-    COVER: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    ALIGN: tl.constexpr,
-    WIDE: tl.constexpr,
-    PACKED: tl.constexpr,
-):
-    """``delta = sum over channels of out * dout`` in fp32."""
-    block, batch, head, first, length, stored = locate(
-        tl.program_id(0), tl.cdiv(max_tokens, BLOCK_M), num_heads, num_tokens, lengths_ptr, PACKED
-    )
-    row = block * BLOCK_M
-    out_ptr = head_start(out_ptr, batch, head, first + row, stride_ob, stride_on, stride_oh, ALIGN)
-    grad_ptr = head_start(grad_ptr, batch, head, first + row, stride_gb, stride_gn, stride_gh, ALIGN)
-    out = load_tile(out_ptr, row_offsets(BLOCK_M, stride_on, ALIGN, WIDE), length - row, D, COVER, True)
-    grad = load_tile(grad_ptr, row_offsets(BLOCK_M, stride_gn, ALIGN, WIDE), length - row, D, COVER, True)
-    delta = tl.zeros([BLOCK_M], tl.float32)
-    for i in tl.static_range(len(COVER)):
-        delta += tl.sum(out[i].to(tl.float32) * grad[i].to(tl.float32), axis=1)
-    delta_ptr += (batch.to(tl.int64) * num_heads + head) * num_tokens + first
-    index = row + tl.arange(0, BLOCK_M)
-    tl.store(delta_ptr + index, delta, mask=index < stored)
 
 
 @triton.jit

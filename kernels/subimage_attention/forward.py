@@ -25,9 +25,7 @@ from infimm_fast.kernels.common.launch import (
     rows_are_wide,
     rows_contiguous,
 )
-from infimm_fast.kernels.subimage_attention.config import choose_config
-from infimm_fast.kernels.subimage_attention.rotate import launch_rotate, rotate_tile
-from infimm_fast.kernels.subimage_attention.tiles import (
+from infimm_fast.kernels.common.tiles import (
     LN_2,
     LOG2_E,
     add_product,
@@ -43,6 +41,8 @@ from infimm_fast.kernels.subimage_attention.tiles import (
     store_tile,
     zero_tile,
 )
+from infimm_fast.kernels.subimage_attention.config import choose_config
+from infimm_fast.kernels.subimage_attention.rotate import launch_rotate, rotate_tile
 
 
 @triton.jit

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from infimm_fast.kernels.common.launch import common_alignment, device_guard, head_strides, rows_are_wide
-from infimm_fast.kernels.subimage_attention.tiles import head_start, piece_start, piece_width, row_offsets
+from infimm_fast.kernels.common.tiles import head_start, piece_start, piece_width, row_offsets
 
 ROTATE_ROWS = 64
 

@@ -16,40 +16,81 @@ sys.path.insert(0, {folder!r})
 import torch
 import golden
 from infimm_fast.kernels.subimage_attention import forward
+from infimm_fast.kernels.gated_cross_attention import forward as cross_forward
 launches = []
-original = forward.launch_forward
-forward.launch_forward = lambda *args, **kwargs: launches.append(1) or original(*args, **kwargs)
+for name, module in (("tower", forward), ("cross", cross_forward)):
+    original = module.launch_forward
+    def counted(*args, name=name, original=original, **kwargs):
+        launches.append(name)
+        return original(*args, **kwargs)
+    module.launch_forward = counted
 {body}
-print("launches", len(launches))
+print("launches", launches.count("tower"), launches.count("cross"))
 """
 
 GOLDEN_A = """
 model, data = golden.model_a("triton"), golden.tensors("case_a_forward")
+
+def run(name):
+    return model(
+        input_ids=data[name + ".input_ids"],
+        attention_mask=data[name + ".attention_mask"],
+        labels=data[name + ".labels"],
+        pixel_values=golden.images_a(),
+        image_counts=torch.tensor([2, 2]),
+    )
+
 with torch.no_grad():
     features = model.vision_tower(golden.images_a())
-golden.assert_close(features, data["vision.all_features"], golden.FORWARD, "features")
-result = model(
-    input_ids=data["mixed.input_ids"],
-    attention_mask=data["mixed.attention_mask"],
-    labels=data["mixed.labels"],
-    pixel_values=golden.images_a(),
-    image_counts=torch.tensor([2, 2]),
-)
-golden.assert_close(result.logits.detach(), data["mixed.logits"], golden.FORWARD, "logits")
-result.loss.backward()
-ours = {name: value.grad for name, value in model.vision_tower.named_parameters()}
+    golden.assert_close(features, data["vision.all_features"], golden.FORWARD, "features")
+    for name in ("mixed", "textonly_row", "right_pad", "left_pad"):
+        real = data[name + ".attention_mask"].bool()
+        golden.assert_close(run(name).logits[real], data[name + ".logits"][real], golden.FORWARD, name)
+run("mixed").loss.backward()
+ours = {{name: value.grad for name, value in model.named_parameters() if value.grad is not None}}
 model.zero_grad()
 model.set_implementation("reference")
-model(
-    input_ids=data["mixed.input_ids"],
-    attention_mask=data["mixed.attention_mask"],
-    labels=data["mixed.labels"],
-    pixel_values=golden.images_a(),
-    image_counts=torch.tensor([2, 2]),
-).loss.backward()
-for name, value in model.vision_tower.named_parameters():
+run("mixed").loss.backward()
+for name, value in model.named_parameters():
     if value.grad is not None:
-        golden.assert_close(ours[name], value.grad, 1e-3 if "k_" in name else golden.GRADIENT_A, name)
+        golden.assert_close(ours.pop(name), value.grad, golden.GRADIENT_A, name)
+assert not ours
+"""
+
+SHORT_A = """
+model, data = golden.model_a("triton"), golden.tensors("case_a_forward")
+with torch.no_grad():
+    logits = model(
+        input_ids=data["mixed.input_ids"], pixel_values=golden.images_a(), image_counts=torch.tensor([2, 2])
+    ).logits
+golden.assert_close(logits, data["mixed.logits"], golden.FORWARD, "logits")
+"""
+
+GENERATE = """
+model, data = golden.model_a("triton"), golden.tensors("case_a_generate")
+for name in ("gen_plain", "gen_left_pad"):
+    tokens = model.generate(
+        input_ids=data[name + ".input_ids"],
+        attention_mask=data[name + ".attention_mask"],
+        pixel_values=golden.images_a(),
+        image_counts=torch.tensor([2, 2]),
+        do_sample=False,
+        max_new_tokens=12,
+        pad_token_id=0,
+        eos_token_id=300,
+    )
+    assert torch.equal(tokens, data[name + ".sequences"][:, : tokens.shape[1]]), name
+"""
+
+GOLDEN_C = """
+sys.path.insert(0, {folder!r} + "/model")
+import test_golden_c as case_c
+for mode in ("imm_L1", "imm_cached_L1", "all_cached_L1", "none_cached"):
+    case_c.test_outputs_and_gradients(mode, "triton")
+for mode in ("all_L1", "all_L2", "imm_L2"):
+    case_c.test_outputs_of_tokens_that_no_quirk_touches(mode, "triton")
+for mode in ("step_imm_cached_L1", "step_all_cached_L1", "step_imm_cached_L2", "step_all_cached_L2"):
+    case_c.test_single_token_steps(mode, "triton")
 """
 
 GOLDEN_B = """
@@ -64,14 +105,27 @@ with torch.no_grad():
 """
 
 
-@pytest.mark.parametrize("body, launches", ((GOLDEN_A, 8), (GOLDEN_B, 3)), ids=("case A", "case B, RoPE"))
+@pytest.mark.parametrize(
+    "body, launches",
+    (
+        (SHORT_A, "4 2"),
+        # 4 layers in 6 runs of the tower, 2 gated blocks in 5 of the model
+        pytest.param(GOLDEN_A, "24 10", marks=pytest.mark.slow),
+        pytest.param(GENERATE, None, marks=pytest.mark.slow),
+        (GOLDEN_B, "3 0"),
+        pytest.param(GOLDEN_C, "0 11", marks=pytest.mark.slow),
+    ),
+    ids=("case A, logits", "case A", "case A, greedy tokens", "case B, RoPE", "case C"),
+)
 def test_golden_cases(body, launches):
     folder = str(Path(__file__).parents[1])
-    code = CODE.format(folder=folder, body=body.replace("{folder!r}", repr(folder)))
+    code = CODE.format(folder=folder, body=body.format(folder=folder))
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
     assert result.returncode == 0, result.stderr
-    assert f"launches {launches}" in result.stdout, "the kernel did not run"
+    assert "launches" in result.stdout
+    if launches is not None:
+        assert f"launches {launches}" in result.stdout, "the kernels did not run as often as expected"
 
 
 def test_on_a_cpu_it_is_refused(tiny_model):

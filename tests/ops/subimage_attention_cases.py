@@ -171,7 +171,7 @@ def mutated(mutation: tuple[str, str, str] | None) -> Iterator[None]:
         if name == "forward":
             stack.enter_context(mock.patch.object(forward, "launch_forward", mutant.launch_forward))
         else:
-            for kernel in ("key_value_kernel", "query_kernel", "delta_kernel"):
+            for kernel in ("key_value_kernel", "query_kernel"):
                 stack.enter_context(mock.patch.object(backward, kernel, getattr(mutant, kernel)))
         yield
 

@@ -15,7 +15,8 @@ if os.environ.get("TRITON_INTERPRET"):
     pytest.skip("the interpreter compiles nothing", allow_module_level=True)
 
 from infimm_fast.benchmarks import compile_gate as gate
-from infimm_fast.kernels.subimage_attention.config import ARCHITECTURES, HEAD_DIMS
+from infimm_fast.kernels.common.configs import ARCHITECTURES
+from infimm_fast.kernels.subimage_attention.config import HEAD_DIMS
 
 
 @pytest.mark.parametrize(

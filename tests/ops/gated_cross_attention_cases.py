@@ -1,0 +1,320 @@
+"""One case of gated cross-attention, forward and backward, against the fp64 reference; in any process, on any device."""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+
+from infimm_fast.kernels.common.launch import LaunchConfig
+from infimm_fast.kernels.gated_cross_attention import api
+from infimm_fast.kernels.gated_cross_attention.config import choose_config
+from infimm_fast.kernels.gated_cross_attention.reference import gated_cross_attention_reference
+from infimm_fast.testing import Errors, assert_error_budget, load_file, outlier_normal, poisoned_memory
+
+KERNELS = Path(api.__file__).parent
+
+
+def check_case(
+    head_dim: int,
+    tokens: int,
+    keys: int,
+    dtype: str,
+    *,
+    rows: int = 2,
+    heads: int = 2,
+    kv_heads: int = 2,
+    ranges: str = "random",
+    index: str = "int64",
+    layout: str = "apart",
+    scale: float | None = None,
+    gradients: bool = True,
+    backend: str = "triton",
+    device: str = "cpu",
+    config: dict[str, Any] | None = None,
+    mutation: tuple[str, str, str] | None = None,
+) -> dict[str, Errors]:
+    """Assert that output, log-sum-exp, dq, dk and dv are within the budget and fully written.
+
+    Args:
+        head_dim: D.
+        tokens: T.
+        keys: S.
+        dtype: name of a torch dtype.
+        rows: B.
+        heads: Hq.
+        kv_heads: Hkv.
+        ranges: a key of `RANGES`.
+        index: dtype of the intervals.
+        layout: how tensors lie in memory, a key of `LAYOUTS`.
+        scale: passed on; default ``D ** -0.5``.
+        gradients: check them too.
+        backend: passed on. For Triton, queries and gradients of tokens that see nothing are NaN.
+        device: where the kernel runs.
+        config: fields of `LaunchConfig` that replace the chosen ones.
+        mutation: (file, text, replacement): run kernels with this text of their source replaced.
+    """
+    kind = getattr(torch, dtype)
+    seed = head_dim + tokens + keys
+    q = outlier_normal(rows, tokens, heads, head_dim, dtype=kind, seed=seed)
+    kv = outlier_normal(keys, 2, kv_heads, head_dim, dtype=kind, seed=seed + 1)
+    grad = outlier_normal(rows, tokens, heads, head_dim, dtype=kind, seed=seed + 2)
+    kv_range = RANGES[ranges](rows, tokens, keys).to(getattr(torch, index))
+
+    def state(wide: torch.dtype) -> list[torch.Tensor]:
+        leaves = [x.detach().to(wide, copy=True).requires_grad_() for x in (q, kv)]
+        k, v = leaves[1].unbind(1)
+        out, lse = gated_cross_attention_reference(leaves[0], k, v, kv_range, scale or head_dim**-0.5)
+        (out + sum(leaf.sum() * 0.0 for leaf in leaves)).backward(grad.to(wide))  # also if nothing is seen at all
+        return [out.detach(), lse.detach(), leaves[0].grad, *leaves[1].grad.unbind(1)]
+
+    exact, plain = state(torch.float64), state(kind)
+    bounds = kv_range.clamp(0, keys)
+    empty = bounds[..., 0] >= bounds[..., 1]
+    spoiled, spoiled_grad = q.clone(), grad.clone()
+    if backend == "triton":
+        spoiled[empty] = float("nan")
+        spoiled_grad[empty] = float("nan")
+    pack, unpack = LAYOUTS[layout]
+    q_leaf, kv_leaf, stored_range = (x.to(device) for x in pack(spoiled, kv.clone(), kv_range))
+    q_leaf.requires_grad_(gradients)
+    kv_leaf.requires_grad_(gradients)
+    with poisoned_memory(), changed_config(config), mutated(mutation):
+        out, lse = api.gated_cross_attention(
+            *unpack(q_leaf, kv_leaf, stored_range), scale=scale, return_lse=True, backend=backend
+        )
+        if gradients:
+            out.backward(spoiled_grad.to(device))
+    assert lse.dtype == torch.float32 and not lse.requires_grad and out.dtype == kind
+    assert (out[empty] == 0).all(), "out: a token that sees nothing is not 0"
+    actual = [out.detach(), lse]
+    if gradients:
+        actual += unpack(q_leaf.grad, kv_leaf.grad, stored_range)[:3]
+        assert (actual[2][empty] == 0).all(), "dq: a token that sees nothing has a gradient"
+    results = zip(("out", "lse", "dq", "dk", "dv"), actual, plain, exact, strict=False)
+    return {name: assert_error_budget(name, a.cpu(), p, e) for name, a, p, e in results}
+
+
+def _random(rows: int, tokens: int, keys: int) -> torch.Tensor:
+    """Any intervals; among them empty, reversed, full ones and ones that have to be clamped."""
+    generator = torch.Generator().manual_seed(rows + tokens + keys)
+    result = torch.randint(0, keys + 1, (rows, tokens, 2), generator=generator).sort(dim=-1).values
+    special = torch.tensor([[0, 0], [keys, 0], [0, keys], [-3, keys + 3], [keys - 1, keys], [0, 1]])
+    count = min(len(special), tokens - 1)
+    result[0, 1 : 1 + count] = special[:count]
+    return result
+
+
+def _cut(rows: int, tokens: int, keys: int) -> torch.Tensor:
+    """Boundaries on both sides of multiples of a block's 16, 32 or 64 keys."""
+    token = torch.arange(rows * tokens).view(rows, tokens)
+    start = (token % 3) * 16 + token % 5 - 2
+    return torch.stack((start, start + 29 + (token % 4) * 16), dim=-1)
+
+
+def _images(rows: int, tokens: int, keys: int) -> torch.Tensor:
+    """40 images of different sizes for each row; a token sees the latest one, the first tokens none."""
+    count = 40 * rows
+    offset = torch.arange(count + 1) * keys // count
+    token = torch.arange(tokens)
+    latest = (token * 41 // tokens - 1).clamp(min=0) + 40 * torch.arange(rows)[:, None]
+    result = torch.stack((offset[latest], offset[latest + 1]), dim=-1)
+    result[:, token * 41 // tokens == 0] = 0
+    return result
+
+
+def _ragged(rows: int, tokens: int, keys: int) -> torch.Tensor:
+    """Rows with nothing, one key, a few, nearly all; later tokens of a row see a little less."""
+    lengths = torch.tensor([keys, 0, 1, 17, keys // 2, 3])[torch.arange(rows) % 6]
+    first = (keys - lengths) // 2
+    start = first[:, None] + torch.arange(tokens) % 3
+    return torch.stack((start, (first + lengths)[:, None].expand_as(start)), dim=-1)
+
+
+def _constant(start: Callable[[int], int], end: Callable[[int], int]) -> Callable[[int, int, int], torch.Tensor]:
+    return lambda rows, tokens, keys: torch.tensor([start(keys), end(keys)]).repeat(rows, tokens, 1)
+
+
+# Intervals ``[B, T, 2]`` from B, T and S.
+RANGES: dict[str, Callable[[int, int, int], torch.Tensor]] = {
+    "random": _random,
+    "cut": _cut,
+    "images": _images,
+    "ragged": _ragged,
+    "empty": _constant(lambda keys: keys // 2, lambda keys: keys // 2),
+    "full": _constant(lambda keys: 0, lambda keys: keys),
+    "shared": _constant(lambda keys: keys // 4, lambda keys: keys // 2 + 1),
+}
+
+
+def _same(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    return tensors
+
+
+def _split(q: torch.Tensor, kv: torch.Tensor, kv_range: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    return q, *kv.unbind(1), kv_range
+
+
+def _pack_blocks(q: torch.Tensor, kv: torch.Tensor, kv_range: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """K and V of this block among those of five; intervals stored bounds first."""
+    others = torch.full((kv.shape[0], 8, *kv.shape[2:]), float("nan"), dtype=kv.dtype)
+    return q.transpose(1, 2).contiguous(), torch.cat((others, kv), dim=1), kv_range.permute(2, 1, 0).contiguous()
+
+
+def _unpack_blocks(q: torch.Tensor, kv: torch.Tensor, kv_range: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    return q.transpose(1, 2), *kv[:, 8:].unbind(1), kv_range.permute(2, 1, 0)
+
+
+def _pack_offset(q: torch.Tensor, kv: torch.Tensor, kv_range: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    return torch.nn.functional.pad(q, (3, 2)), torch.nn.functional.pad(kv, (1, 0)), kv_range
+
+
+def _unpack_offset(q: torch.Tensor, kv: torch.Tensor, kv_range: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    return q[..., 3:-2], *kv[..., 1:].unbind(1), kv_range
+
+
+def _pack_columns(q: torch.Tensor, kv: torch.Tensor, kv_range: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    return q.transpose(2, 3).contiguous(), kv.transpose(2, 3).contiguous(), kv_range
+
+
+def _unpack_columns(q: torch.Tensor, kv: torch.Tensor, kv_range: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    return q.transpose(2, 3), *kv.transpose(2, 3).unbind(1), kv_range
+
+
+# How q ``[B, T, Hq, D]``, kv ``[S, 2, Hkv, D]`` and the intervals may lie in memory: (to storage, storage to q, k, v and
+# intervals). "blocks" has a token stride ten times as large, "offset" no aligned address, "columns" a strided last axis.
+LAYOUTS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
+    "apart": (_same, _split),
+    "blocks": (_pack_blocks, _unpack_blocks),
+    "offset": (_pack_offset, _unpack_offset),
+    "columns": (_pack_columns, _unpack_columns),
+}
+
+
+@contextlib.contextmanager
+def changed_config(fields: dict[str, Any] | None) -> Iterator[None]:
+    """Replace fields of every chosen `LaunchConfig`."""
+    if fields is None:
+        yield
+        return
+    from infimm_fast.kernels.gated_cross_attention import backward, forward
+
+    def choose(*args: Any, **kwargs: Any) -> LaunchConfig:
+        return replace(choose_config(*args, **kwargs), **fields)
+
+    with mock.patch.object(forward, "choose_config", choose), mock.patch.object(backward, "choose_config", choose):
+        yield
+
+
+@contextlib.contextmanager
+def mutated(mutation: tuple[str, str, str] | None) -> Iterator[None]:
+    """Run the kernels with a piece of one file's source replaced."""
+    if mutation is None:
+        yield
+        return
+    from infimm_fast.kernels.gated_cross_attention import backward, forward
+
+    name, old, new = mutation
+    source = (KERNELS / f"{name}.py").read_text()
+    assert source.count(old) == 1, f"{name}.py holds {old!r} {source.count(old)} times; the mutation needs exactly one"
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
+        path = Path(folder) / f"{name}_{abs(hash(mutation))}.py"
+        path.write_text(source.replace(old, new))
+        mutant = load_file(path)
+        targets = {"forward": (forward,), "backward": (backward,), "tiles": (forward, backward)}[name]
+        for function in ("forward_kernel", "combine_kernel", "query_kernel", "key_value_kernel", "hull_of", "sees",
+                         "load_intervals", "query_offsets", "row_index"):  # fmt: skip
+            for target in targets:
+                if function in vars(mutant) and function in vars(target):
+                    stack.enter_context(mock.patch.object(target, function, getattr(mutant, function)))
+        yield
+
+
+def _inputs(
+    tokens: int = 5, head_dim: int = 24, device: str = "cpu", dtype: torch.dtype = torch.float32, rows: int = 2
+) -> list[Any]:
+    keys = 20
+    q = outlier_normal(rows, tokens, 2, head_dim, dtype=dtype, device=device).requires_grad_()
+    k = outlier_normal(keys, 1, head_dim, dtype=dtype, device=device, seed=1).requires_grad_()
+    v = outlier_normal(keys, 1, head_dim, dtype=dtype, device=device, seed=2).requires_grad_()
+    return [q, k, v, _random(rows, tokens, keys).to(device)]
+
+
+def check_opcheck(backend: str = "triton", device: str = "cpu") -> None:
+    """The operator and its backward keep their promises to PyTorch."""
+    namespace = torch.ops.infimm_fast
+    inputs = _inputs(device=device, rows=1)
+    torch.library.opcheck(namespace.gated_cross_attention.default, (*inputs, 0.3, backend))
+    plain = [x.detach() for x in inputs]
+    out, lse = namespace.gated_cross_attention(*plain, 0.3, backend)
+    arguments = (torch.ones_like(out), *plain, out, lse, 0.3, backend)
+    torch.library.opcheck(namespace.gated_cross_attention_backward.default, arguments)
+
+
+def _loss(backend: str) -> Callable[..., torch.Tensor]:
+    def run(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, kv_range: torch.Tensor) -> torch.Tensor:
+        return api.gated_cross_attention(q, k, v, kv_range, backend=backend, validate=True).sin().sum()
+
+    return run
+
+
+def check_compile(backend: str = "triton", device: str = "cpu") -> None:
+    """One graph without breaks, with the same numbers, also when the length changes."""
+    run = _loss(backend)
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager", dynamic=True)
+    for tokens in (9, 13):
+        q, k, v, _ = inputs = _inputs(tokens, device=device)
+        inputs[3].clamp_(0, len(k))
+        expected = torch.autograd.grad(run(*inputs), (q, k, v))
+        actual = torch.autograd.grad(compiled(*inputs), (q, k, v))
+        torch.testing.assert_close(actual, expected)
+
+
+def check_checkpoint(backend: str = "triton", device: str = "cpu") -> None:
+    """Recomputing the forward during the backward gives the same gradients."""
+    run = _loss(backend)
+    q, k, v, _ = inputs = _inputs(device=device)
+    inputs[3].clamp_(0, len(k))
+    expected = torch.autograd.grad(run(*inputs), (q, k, v))
+    actual = torch.autograd.grad(torch.utils.checkpoint.checkpoint(run, *inputs, use_reentrant=False), (q, k, v))
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+
+
+def check_deterministic(backend: str = "triton", device: str = "cpu") -> None:
+    """Two runs agree to the bit."""
+    runs = []
+    for _ in range(2):
+        q, k, v, kv_range = _inputs(9, device=device)
+        out = api.gated_cross_attention(q, k, v, kv_range, backend=backend)
+        runs.append((out, *torch.autograd.grad(out.sin().sum(), (q, k, v))))
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+def check_nothing_to_see(backend: str = "triton", device: str = "cpu") -> None:
+    """No keys, no tokens and no rows are ordinary inputs."""
+    for rows, tokens, keys in ((2, 3, 0), (2, 0, 5), (0, 3, 5)):
+        q = torch.ones(rows, tokens, 4, 8, requires_grad=True, device=device)
+        k, v = (torch.ones(keys, 2, 8, requires_grad=True, device=device) for _ in range(2))
+        kv_range = torch.tensor([0, 5], device=device).expand(rows, tokens, 2)
+        out, lse = api.gated_cross_attention(q, k, v, kv_range, return_lse=True, backend=backend)
+        out.sum().backward()
+        assert out.shape == q.shape and (out == 0).all() and (lse == float("-inf")).all()
+        assert all((x.grad == 0).all() and x.grad.shape == x.shape for x in (q, k, v))
+
+
+def check_explicit_never_falls_back() -> None:
+    """What the kernel does not take is refused by name; it takes CPU tensors here."""
+    refused = ((12, torch.float32, "multiples of 8"), (136, torch.float32, "multiples of 8"), (8, torch.float64, "float64"))
+    for head_dim, dtype, match in refused:
+        try:
+            api.gated_cross_attention(*_inputs(3, head_dim, dtype=dtype), backend="triton")
+        except api.KernelArgumentError as error:
+            assert match in str(error)
+        else:
+            raise AssertionError(f"accepted {head_dim} {dtype}")

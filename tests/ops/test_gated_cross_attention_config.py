@@ -1,0 +1,70 @@
+"""The launch configuration is a pure function, and the host launches without reading an interval."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from infimm_fast.kernels.common.configs import ARCHITECTURES
+from infimm_fast.kernels.gated_cross_attention.config import (
+    DECODE_TOKENS,
+    KERNELS,
+    MAX_SPLITS,
+    MIN_SPLITS,
+    choose_config,
+    choose_splits,
+)
+
+
+def test_every_row_is_a_launchable_shape() -> None:
+    dtypes = (torch.float16, torch.bfloat16, torch.float32)
+    for kernel, arch, dtype, head_dim, rows in itertools.product(
+        KERNELS, ARCHITECTURES, dtypes, range(8, 129, 8), (1, 8, 17, 64, 65, 4096)
+    ):
+        config = choose_config(kernel, head_dim, dtype, rows, arch)
+        powers = (config.block_m, config.block_n, *config.cover)
+        assert all(size >= 16 and size & (size - 1) == 0 for size in powers)
+        assert head_dim <= sum(config.cover) < 2 * max(16, head_dim)
+        assert config.num_warps in (4, 8) and not config.peel
+
+
+def test_only_the_bucket_of_the_rows_decides() -> None:
+    for arch, kernel in itertools.product(ARCHITECTURES, KERNELS):
+        assert len({choose_config(kernel, 64, torch.bfloat16, rows, arch) for rows in range(65, 4096)}) == 1
+
+
+def test_decode_takes_the_smallest_tile_that_holds_a_group() -> None:
+    sizes = {rows: choose_config("decode", 64, torch.bfloat16, rows, 90).block_m for rows in (1, 8, 16, 17, 40, 64, 200)}
+    assert sizes == {1: 16, 8: 16, 16: 16, 17: 32, 40: 64, 64: 64, 200: 64}
+
+
+@pytest.mark.parametrize("programs", [1, 12, 100, 768, 100000])
+def test_splits(programs: int) -> None:
+    for keys in (0, 1, 63, 1025, 10250, 10**7):
+        splits = choose_splits(programs, keys, 64)
+        assert 1 <= splits <= MAX_SPLITS and splits & (splits - 1) == 0
+        assert splits == 1 or keys // splits >= 256
+        if keys >= 10250:
+            assert splits >= MIN_SPLITS
+
+
+@pytest.mark.parametrize("tokens", [1, DECODE_TOKENS, DECODE_TOKENS + 1])
+def test_launches_depend_on_shapes_only(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On tensors without values: a captured CUDA graph can follow intervals that change in place."""
+    jit = pytest.importorskip("triton.runtime.jit", reason="needs triton")
+    from infimm_fast.kernels.gated_cross_attention.backward import launch_backward
+    from infimm_fast.kernels.gated_cross_attention.forward import launch_forward
+
+    launched = []
+    monkeypatch.setattr(jit.JITFunction, "run", lambda self, *_, grid, **__: launched.append((self.__name__, grid)))
+    q = torch.empty(2, tokens, 12, 64, device="meta", dtype=torch.bfloat16)
+    k, v = torch.empty(2, 10250, 12, 64, device="meta", dtype=torch.bfloat16)
+    kv_range = torch.empty(2, tokens, 2, device="meta", dtype=torch.int64)
+    out, lse = launch_forward(q, k, v, kv_range, 0.125)
+    launch_backward(out, q, k, v, kv_range, out, lse, 0.125, q, k, v)
+    forwards = ["forward_kernel", "combine_kernel"] if tokens <= DECODE_TOKENS else ["forward_kernel"]
+    assert [name for name, _ in launched] == [*forwards, "delta_kernel", "query_kernel", "key_value_kernel"]
+    if tokens <= DECODE_TOKENS:
+        assert dict(launched)["forward_kernel"] == (2 * 12 * choose_splits(2 * 12, 10250, 64),)
