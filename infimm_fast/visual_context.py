@@ -117,7 +117,7 @@ class VisualContext:
     def append(self, later: VisualContext) -> VisualContext:
         """Return a context whose rows have their own pictures and then those of `later`, as in a further turn of a chat.
 
-        A row's pictures must lie in order, so this repacks: everything is copied once.
+        A row's pictures must lie in order, so this repacks, which copies everything.
 
         Args:
             later: a context of the same number of rows.

@@ -13,6 +13,8 @@ import torch
 from infimm_fast.kernels.common.checks import BackendUnavailableError
 
 INT32_MAX = 2**31 - 1
+TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+MAX_HEAD_DIM = 128
 
 
 @dataclass(frozen=True)
@@ -104,6 +106,16 @@ def resolve_backend(backend: str, tensor: torch.Tensor) -> str:
                 f"backend='triton' needs CUDA tensors (or CPU tensors and TRITON_INTERPRET=1), not {tensor.device.type}"
             )
     return backend
+
+
+def triton_obstacle(q: torch.Tensor) -> str | None:
+    """Return why no attention kernel takes queries ``[..., D]`` of this kind, or None."""
+    head_dim = q.shape[-1]
+    if q.dtype not in TRITON_DTYPES:
+        return f"the kernel takes float16, bfloat16 and float32, not {str(q.dtype).removeprefix('torch.')}"
+    if head_dim % 8 or not 0 < head_dim <= MAX_HEAD_DIM:
+        return f"the kernel takes head dims that are multiples of 8 up to {MAX_HEAD_DIM}, not {head_dim}"
+    return None
 
 
 @functools.cache

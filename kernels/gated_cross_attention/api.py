@@ -8,13 +8,11 @@ import warnings
 import torch
 
 from infimm_fast.kernels.common.checks import KernelArgumentError, check_choice, check_same_kind, check_shape
-from infimm_fast.kernels.common.launch import resolve_backend
+from infimm_fast.kernels.common.launch import resolve_backend, triton_obstacle
 from infimm_fast.kernels.gated_cross_attention import ops
 from infimm_fast.kernels.gated_cross_attention.reference import gated_cross_attention_reference
 
 BACKENDS = ("auto", "triton", "sdpa", "reference")
-TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-MAX_HEAD_DIM = 128
 
 
 def gated_cross_attention(
@@ -71,7 +69,7 @@ def gated_cross_attention(
         _check_bounds(kv_range, k.shape[0])
     chosen = resolve_backend(backend, q)
     if chosen == "triton":
-        obstacle = _triton_obstacle(q)
+        obstacle = triton_obstacle(q)
         if obstacle is not None and backend == "triton":
             raise KernelArgumentError(obstacle)
         if obstacle is not None:
@@ -118,13 +116,3 @@ def _check_bounds(kv_range: torch.Tensor, num_keys: int) -> None:
     low, high = (int(bound) for bound in torch.stack(kv_range.aminmax()).tolist())
     if low < 0 or high > num_keys:
         raise KernelArgumentError(f"kv_range holds bounds from {low} to {high}; accepted are 0 to {num_keys}, the size of k")
-
-
-def _triton_obstacle(q: torch.Tensor) -> str | None:
-    """Return why the kernel does not take these tensors, or None."""
-    head_dim = q.shape[3]
-    if q.dtype not in TRITON_DTYPES:
-        return f"the kernel takes float16, bfloat16 and float32, not {str(q.dtype).removeprefix('torch.')}"
-    if head_dim % 8 or not 0 < head_dim <= MAX_HEAD_DIM:
-        return f"the kernel takes head dims that are multiples of 8 up to {MAX_HEAD_DIM}, not {head_dim}"
-    return None

@@ -8,13 +8,11 @@ import warnings
 import torch
 
 from infimm_fast.kernels.common.checks import KernelArgumentError, check_choice, check_same_kind, check_shape
-from infimm_fast.kernels.common.launch import resolve_backend
+from infimm_fast.kernels.common.launch import resolve_backend, triton_obstacle
 from infimm_fast.kernels.subimage_attention import ops
 from infimm_fast.kernels.subimage_attention.reference import apply_rope, subimage_attention_reference
 
 BACKENDS = ("auto", "triton", "sdpa", "reference")
-TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-MAX_HEAD_DIM = 128
 
 Result = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
 
@@ -170,7 +168,7 @@ def _settle(
         max_seqlen = q.shape[1]
     chosen = resolve_backend(backend, q)
     if chosen == "triton":
-        obstacle = _triton_obstacle(q, rope_cos, rope_sin)
+        obstacle = triton_obstacle(q) or _rope_obstacle(rope_cos, rope_sin)
         if obstacle is not None and backend == "triton":
             raise KernelArgumentError(obstacle)
         if obstacle is not None:
@@ -227,13 +225,8 @@ def _check_lengths(
             )
 
 
-def _triton_obstacle(q: torch.Tensor, cos: torch.Tensor | None, sin: torch.Tensor | None) -> str | None:
-    """Return why the kernel does not take these tensors, or None."""
-    head_dim = q.shape[3]
-    if q.dtype not in TRITON_DTYPES:
-        return f"the kernel takes float16, bfloat16 and float32, not {str(q.dtype).removeprefix('torch.')}"
-    if head_dim % 8 or not 0 < head_dim <= MAX_HEAD_DIM:
-        return f"the kernel takes head dims that are multiples of 8 up to {MAX_HEAD_DIM}, not {head_dim}"
+def _rope_obstacle(cos: torch.Tensor | None, sin: torch.Tensor | None) -> str | None:
+    """Return why the kernel does not take these tables, or None."""
     if torch.is_grad_enabled() and any(table is not None and table.requires_grad for table in (cos, sin)):
         return "the kernel takes RoPE tables as constants, and these require a gradient"
     return None
