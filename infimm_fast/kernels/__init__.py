@@ -7,12 +7,14 @@ imports triton or touches CUDA.
 
 from infimm_fast.kernels.common.checks import BackendUnavailableError, KernelArgumentError
 from infimm_fast.kernels.gated_cross_attention.api import gated_cross_attention
+from infimm_fast.kernels.gated_residual.api import gated_residual
 from infimm_fast.kernels.subimage_attention.api import subimage_attention, subimage_attention_packed
 
 __all__ = [
     "BackendUnavailableError",
     "KernelArgumentError",
     "gated_cross_attention",
+    "gated_residual",
     "subimage_attention",
     "subimage_attention_packed",
 ]

@@ -6,6 +6,7 @@ import contextlib
 import functools
 import importlib.util
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -88,8 +89,13 @@ def _find_triton() -> bool:
 TRITON_INSTALLED = _find_triton()
 
 
-def resolve_backend(backend: str, tensor: torch.Tensor) -> str:
+def resolve_backend(backend: str, tensor: torch.Tensor, otherwise: str = "sdpa") -> str:
     """Turn ``"auto"`` into a backend for `tensor`, and refuse an explicit ``"triton"`` that cannot run.
+
+    Args:
+        backend: what was asked for.
+        tensor: one of the inputs.
+        otherwise: the op's backend where Triton cannot run.
 
     Raises:
         BackendUnavailableError: ``"triton"`` was asked for, and triton is missing or the tensor is on a CPU without
@@ -97,7 +103,7 @@ def resolve_backend(backend: str, tensor: torch.Tensor) -> str:
     """
     on_gpu = tensor.device.type == "cuda"
     if backend == "auto":
-        return "triton" if on_gpu and TRITON_INSTALLED else "sdpa"
+        return "triton" if on_gpu and TRITON_INSTALLED else otherwise
     if backend == "triton":
         if not TRITON_INSTALLED:
             raise BackendUnavailableError("backend='triton' needs the triton package; pip install 'infimm-fast[gpu]'")
@@ -108,11 +114,42 @@ def resolve_backend(backend: str, tensor: torch.Tensor) -> str:
     return backend
 
 
+_operators_kept = False
+
+
+@contextlib.contextmanager
+def keep_operators() -> Iterator[None]:
+    """Let the public functions call their torch operator whatever the backend, so that an exported graph holds one node.
+
+    Outside, only Triton hides behind an operator; the other backends are traced as the ordinary functions they are made
+    of. For the whole process, since tracing may run in other threads.
+    """
+    global _operators_kept
+    before, _operators_kept = _operators_kept, True
+    try:
+        yield
+    finally:
+        _operators_kept = before
+
+
+def calls_operator(backend: str) -> bool:
+    """Return whether a public function hands a call for this (resolved) backend to its torch operator."""
+    return backend == "triton" or _operators_kept
+
+
+def dtype_obstacle(tensor: torch.Tensor) -> str | None:
+    """Return why no kernel takes tensors of this dtype, or None."""
+    if tensor.dtype not in TRITON_DTYPES:
+        return f"the kernel takes float16, bfloat16 and float32, not {str(tensor.dtype).removeprefix('torch.')}"
+    return None
+
+
 def triton_obstacle(q: torch.Tensor) -> str | None:
     """Return why no attention kernel takes queries ``[..., D]`` of this kind, or None."""
     head_dim = q.shape[-1]
-    if q.dtype not in TRITON_DTYPES:
-        return f"the kernel takes float16, bfloat16 and float32, not {str(q.dtype).removeprefix('torch.')}"
+    obstacle = dtype_obstacle(q)
+    if obstacle is not None:
+        return obstacle
     if head_dim % 8 or not 0 < head_dim <= MAX_HEAD_DIM:
         return f"the kernel takes head dims that are multiples of 8 up to {MAX_HEAD_DIM}, not {head_dim}"
     return None

@@ -106,6 +106,24 @@ def store_tile(ptr, tile, o_row, rows_left, valid_left, D: tl.constexpr, COVER: 
 
 
 @triton.jit
+def load_rows(ptr, o_row, m_row, D: tl.constexpr, COVER: tl.constexpr):
+    """Load the rows at offsets `o_row` ``[rows, 1]``; those where `m_row` ``[rows]`` is false read as 0."""
+    tile = ()
+    for i in tl.static_range(len(COVER)):
+        o_d = piece_start(COVER, i) + tl.arange(0, piece_width(COVER, i))[None, :]
+        tile += (tl.load(ptr + o_row + o_d, mask=m_row[:, None] & (o_d < D), other=0.0),)
+    return tile
+
+
+@triton.jit
+def store_rows(ptr, tile, o_row, m_row, D: tl.constexpr, COVER: tl.constexpr):
+    """Store the rows where `m_row` is true, in the dtype behind `ptr`."""
+    for i in tl.static_range(len(COVER)):
+        o_d = piece_start(COVER, i) + tl.arange(0, piece_width(COVER, i))[None, :]
+        tl.store(ptr + o_row + o_d, tile[i].to(ptr.dtype.element_ty), mask=m_row[:, None] & (o_d < D))
+
+
+@triton.jit
 def zero_tile(ROWS: tl.constexpr, COVER: tl.constexpr):
     """Return an fp32 accumulator of zeros."""
     tile = ()
