@@ -13,6 +13,7 @@ __version__ = "0.1.0"
 # Public name -> module that defines it.
 _PUBLIC = {
     "EvaVisionTower": "modeling_eva_vision",
+    "FusedGatedCrossAttentionBlock": "modules",
     "GatedCrossAttentionBlock": "modeling_gated_cross_attention",
     "InfiMMHDConfig": "configuration_infimm_hd",
     "InfiMMHDForConditionalGeneration": "modeling_infimm_hd",
@@ -24,8 +25,10 @@ _PUBLIC = {
     "byte_tokenizer": "tokenization_bytes",
     "convert_checkpoint": "checkpoint",
     "insert_gated_cross_attention": "modeling_gated_cross_attention",
+    "optimize": "optimization",
     "preset": "presets",
     "register_auto": "registration",
+    "restore": "optimization",
 }
 
 # Modules whose classes Transformers' Auto classes should know once one of them is in use.
@@ -42,6 +45,9 @@ if TYPE_CHECKING:
     from infimm_fast.modeling_gated_cross_attention import GatedCrossAttentionBlock as GatedCrossAttentionBlock
     from infimm_fast.modeling_gated_cross_attention import insert_gated_cross_attention as insert_gated_cross_attention
     from infimm_fast.modeling_infimm_hd import InfiMMHDForConditionalGeneration as InfiMMHDForConditionalGeneration
+    from infimm_fast.modules import FusedGatedCrossAttentionBlock as FusedGatedCrossAttentionBlock
+    from infimm_fast.optimization import optimize as optimize
+    from infimm_fast.optimization import restore as restore
     from infimm_fast.presets import PRESETS as PRESETS
     from infimm_fast.presets import preset as preset
     from infimm_fast.processing_infimm_hd import InfiMMHDProcessor as InfiMMHDProcessor

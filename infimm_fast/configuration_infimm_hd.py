@@ -1,4 +1,4 @@
-"""Configuration of InfiMM-HD and of its EVA-CLIP vision tower."""
+"""Configuration of the InfiMM family and of its vision towers."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ from typing import Any
 
 from transformers import AutoConfig, PretrainedConfig
 
+from infimm_fast.chat_templates import CHAT_TEMPLATES
 from infimm_fast.errors import ConfigurationError
 
-IMPLEMENTATIONS = ("sdpa", "reference", "triton")
+IMPLEMENTATIONS = ("sdpa", "reference", "triton", "auto")
 
 
 def check_choice(name: str, value: Any, accepted: tuple) -> None:
@@ -18,7 +19,7 @@ def check_choice(name: str, value: Any, accepted: tuple) -> None:
 
 
 class InfiMMHDVisionConfig(PretrainedConfig):
-    """One EVA-CLIP tower; the defaults are EVA2-CLIP-E at 448 px, the tower of InfiMM-HD.
+    """One tower of the EVA-CLIP family, or CLIP's; the defaults are EVA2-CLIP-E at 448 px, the tower of InfiMM-HD.
 
     Attributes:
         hidden_size: width of the tower.
@@ -30,7 +31,10 @@ class InfiMMHDVisionConfig(PretrainedConfig):
         num_channels: colour channels.
         layer_norm_eps: epsilon of every LayerNorm of the tower.
         norm_position: "post" adds ``norm(f(x))`` (EVA-CLIP-E), "pre" adds ``f(norm(x))``.
-        mlp_type: "gelu" (exact erf form) or "swiglu".
+        mlp_type: "gelu" (exact erf form), "quick_gelu" (``x * sigmoid(1.702 x)``, OpenAI's CLIP) or "swiglu".
+        use_embedding_norm: LayerNorm between the embeddings and the first block (CLIP).
+        use_patch_bias: bias of the patch embedding; CLIP has none.
+        use_key_bias: bias of the keys, as queries and values have one (CLIP).
         use_sub_layer_norm: LayerNorm before the attention's output projection and before the SwiGLU's (EVA02).
         use_absolute_position_embedding: learned position embedding of class token and patches.
         use_rope: axial rotary embedding of queries and keys, class token left alone.
@@ -38,9 +42,10 @@ class InfiMMHDVisionConfig(PretrainedConfig):
         rope_reference_grid: patch grid side of the pre-training; positions are scaled to it.
         projection_dim: width of the CLIP head, or None for a tower without one.
         initializer_range: standard deviation of fresh weights.
-        implementation: "sdpa", "reference" (the naive path, scores in memory) or "triton" (our kernel).
+        implementation: "sdpa", "reference" (the naive path, scores in memory), "triton" (our kernel) or "auto"
+            (our kernel on CUDA, SDPA elsewhere).
 
-    Source: EVA-CLIP (arXiv 2303.15389), EVA-02 (arXiv 2303.11331).
+    Source: EVA-CLIP (arXiv 2303.15389), EVA-02 (arXiv 2303.11331), CLIP (arXiv 2103.00020).
     """
 
     model_type = "infimm_hd_vision"
@@ -56,6 +61,9 @@ class InfiMMHDVisionConfig(PretrainedConfig):
     layer_norm_eps: float = 1e-6
     norm_position: str = "post"
     mlp_type: str = "gelu"
+    use_embedding_norm: bool = False
+    use_patch_bias: bool = True
+    use_key_bias: bool = False
     use_sub_layer_norm: bool = False
     use_absolute_position_embedding: bool = True
     use_rope: bool = False
@@ -68,7 +76,7 @@ class InfiMMHDVisionConfig(PretrainedConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
         check_choice("norm_position", self.norm_position, ("post", "pre"))
-        check_choice("mlp_type", self.mlp_type, ("gelu", "swiglu"))
+        check_choice("mlp_type", self.mlp_type, ("gelu", "quick_gelu", "swiglu"))
         check_choice("implementation", self.implementation, IMPLEMENTATIONS)
         if self.hidden_size % self.num_attention_heads:
             raise ConfigurationError(
@@ -94,7 +102,9 @@ class InfiMMHDVisionConfig(PretrainedConfig):
 
 
 class InfiMMHDConfig(PretrainedConfig):
-    """InfiMM-HD: vision tower, gated cross-attention, decoder language model.
+    """A model of the InfiMM family: vision tower, Perceiver resampler or none, gated cross-attention, language model.
+
+    The defaults are InfiMM-HD's.
 
     Attributes:
         vision_config: an `InfiMMHDVisionConfig` or its dict.
@@ -109,16 +119,27 @@ class InfiMMHDConfig(PretrainedConfig):
         cross_attention_layer_norm_eps: epsilon of the gated blocks' LayerNorms.
         only_attend_immediate_image: a text token sees only the latest image before it; False: all images so far.
         vision_feature_layer: block whose output the language model sees: -1 the last, without the final norm.
+        use_class_token: the class token is one of the visual tokens; False: patches alone (OpenFlamingo).
         use_subimage_position_embedding: add POS(row, column) to the tokens of each sub-image.
+        resampler_layers: layers of the Perceiver resampler, which makes `resampler_latents` visual tokens out of each tile;
+            0 for none, so that the gated blocks see the tower's tokens.
+        resampler_latents: learned queries of the resampler.
+        resampler_heads: its attention heads.
+        resampler_head_dim: width of one of them.
+        resampler_ff_mult: hidden width of its feed-forward over the tower's width.
+        resampler_layer_norm_eps: epsilon of its LayerNorms.
         max_grid: largest number of sub-images along a side in pre-processing; 1 means one tile for each picture.
         always_thumbnail: whether a picture of a single sub-image has a thumbnail too.
+        image_fit: how a picture fills its tiles: "stretch", or "crop" (the shorter side is scaled to one tile and the middle
+            is taken, for ``max_grid=1`` only).
+        chat_format: how a conversation is written: "vicuna", "zephyr" or "plain" (no roles).
         gate_initializer_range: standard deviation of fresh gates; 0 gives closed gates, as in training from scratch.
         initializer_range: standard deviation of fresh weights.
         implementation: "sdpa" (PyTorch's fused attention, cross K/V computed once), "reference" (the naive path: scores and
             masks in memory, cross K/V computed again at every step) or "triton" (our kernels for both attentions,
             cross K/V computed once).
 
-    Source: InfiMM-HD (arXiv 2403.01487, section 3).
+    Source: InfiMM-HD (arXiv 2403.01487, section 3), Flamingo (arXiv 2204.14198), OpenFlamingo (arXiv 2308.01390).
     """
 
     model_type = "infimm_hd"
@@ -136,9 +157,18 @@ class InfiMMHDConfig(PretrainedConfig):
     cross_attention_layer_norm_eps: float = 1e-5
     only_attend_immediate_image: bool = True
     vision_feature_layer: int = -1
+    use_class_token: bool = True
     use_subimage_position_embedding: bool = True
+    resampler_layers: int = 0
+    resampler_latents: int = 64
+    resampler_heads: int = 8
+    resampler_head_dim: int = 64
+    resampler_ff_mult: float = 4.0
+    resampler_layer_norm_eps: float = 1e-5
     max_grid: int = 3
     always_thumbnail: bool = False
+    image_fit: str = "stretch"
+    chat_format: str = "vicuna"
     gate_initializer_range: float = 0.0
     initializer_range: float = 0.02
     implementation: str = "sdpa"
@@ -158,6 +188,10 @@ class InfiMMHDConfig(PretrainedConfig):
         super().__post_init__(**kwargs)
         check_choice("implementation", self.implementation, IMPLEMENTATIONS)
         check_choice("cross_attention_gate", self.cross_attention_gate, ("vector", "scalar"))
+        check_choice("image_fit", self.image_fit, ("stretch",) if self.max_grid > 1 else ("stretch", "crop"))
+        check_choice("chat_format", self.chat_format, tuple(CHAT_TEMPLATES))
+        if self.resampler_layers < 0:
+            raise ConfigurationError(f"resampler_layers={self.resampler_layers} must be 0 (no resampler) or more")
         if self.cross_attention_every_n_layers < 1:
             raise ConfigurationError(
                 f"cross_attention_every_n_layers={self.cross_attention_every_n_layers} must be at least 1"
@@ -173,3 +207,10 @@ class InfiMMHDConfig(PretrainedConfig):
         """0-based indices of the decoder layers that have a gated block in front."""
         every = self.cross_attention_every_n_layers
         return list(range(every - 1, self.text_config.num_hidden_layers, every))
+
+    @property
+    def visual_tokens_per_tile(self) -> int:
+        """Visual tokens that the gated blocks see of each tile."""
+        if self.resampler_layers:
+            return self.resampler_latents
+        return self.vision_config.tokens_per_tile - (not self.use_class_token)

@@ -19,3 +19,7 @@ class CheckpointError(ValueError):
 
 class ConfigurationError(ValueError):
     """A configuration value is not accepted."""
+
+
+class FoldError(ValueError):
+    """A gated block cannot be folded for inference, or no longer fits its folded weights."""

@@ -1,35 +1,45 @@
-"""The EVA-CLIP family of vision towers: post-norm or pre-norm, absolute positions and/or axial RoPE, GELU or SwiGLU."""
+"""Vision towers of the EVA-CLIP family, and CLIP's: post- or pre-norm, absolute positions and/or axial RoPE, three MLPs."""
 
 from __future__ import annotations
 
 import math
+import os
+import re
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
 
 from infimm_fast.configuration_infimm_hd import IMPLEMENTATIONS, InfiMMHDVisionConfig, check_choice
 from infimm_fast.errors import ImageInputError
+from infimm_fast.folders import updated_folder
 from infimm_fast.kernels import subimage_attention_packed
 from infimm_fast.position_embedding import axial_rope, resize_position_embedding
+
+_WEIGHT_FILES = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
 
 RopeTables = tuple[torch.Tensor, torch.Tensor] | None
 
 
 class QKVProjection(nn.Module):
-    """One projection to queries, keys and values; queries and values have a bias, keys have none."""
+    """One projection to queries, keys and values; queries and values have a bias, keys have one only in CLIP."""
 
-    def __init__(self, hidden_size: int):
+    def __init__(self, hidden_size: int, use_key_bias: bool = False):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(3 * hidden_size, hidden_size))
         self.q_bias = nn.Parameter(torch.zeros(hidden_size))
+        self.k_bias = nn.Parameter(torch.zeros(hidden_size)) if use_key_bias else None
         self.v_bias = nn.Parameter(torch.zeros(hidden_size))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map ``[..., C]`` to ``[..., 3 C]``."""
-        bias = torch.cat((self.q_bias, torch.zeros_like(self.q_bias), self.v_bias))
+        k_bias = torch.zeros_like(self.q_bias) if self.k_bias is None else self.k_bias
+        bias = torch.cat((self.q_bias, k_bias, self.v_bias))
         return F.linear(x, self.weight, bias)
 
 
@@ -41,7 +51,7 @@ class EvaAttention(nn.Module):
         self.num_heads = config.num_attention_heads
         self.head_dim = config.head_dim
         self.implementation = config.implementation
-        self.qkv = QKVProjection(config.hidden_size)
+        self.qkv = QKVProjection(config.hidden_size, config.use_key_bias)
         eps = config.layer_norm_eps
         self.inner_norm = nn.LayerNorm(config.hidden_size, eps=eps) if config.use_sub_layer_norm else nn.Identity()
         self.proj = nn.Linear(config.hidden_size, config.hidden_size)
@@ -71,6 +81,15 @@ class GeluMlp(nn.Module):
         return self.fc2(F.gelu(self.fc1(x)))
 
 
+class QuickGeluMlp(GeluMlp):
+    """Two layers with the sigmoid approximation of the GELU between them."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Map ``[tiles, tokens, C]`` to the same shape."""
+        x = self.fc1(x)
+        return self.fc2(x * torch.sigmoid(1.702 * x))
+
+
 class SwiGluMlp(nn.Module):
     """SwiGLU, with a LayerNorm before the last layer if the tower has sub-layer norms."""
 
@@ -87,6 +106,9 @@ class SwiGluMlp(nn.Module):
         return self.down_proj(self.norm(F.silu(self.gate_proj(x)) * self.up_proj(x)))
 
 
+_MLPS: dict[str, type[nn.Module]] = {"gelu": GeluMlp, "quick_gelu": QuickGeluMlp, "swiglu": SwiGluMlp}
+
+
 class EvaBlock(nn.Module):
     """Attention and MLP, each with a residual; the norm stands behind (post) or before (pre) them."""
 
@@ -96,7 +118,7 @@ class EvaBlock(nn.Module):
         self.norm1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.attn = EvaAttention(config)
         self.norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.mlp = GeluMlp(config) if config.mlp_type == "gelu" else SwiGluMlp(config)
+        self.mlp = _MLPS[config.mlp_type](config)
 
     def forward(self, x: torch.Tensor, rope: RopeTables) -> torch.Tensor:
         """Map ``[tiles, tokens, C]`` to the same shape."""
@@ -108,7 +130,7 @@ class EvaBlock(nn.Module):
 
 
 class EvaEmbeddings(nn.Module):
-    """Patches, class token, learned positions."""
+    """Patches, class token, learned positions, and CLIP's LayerNorm behind them."""
 
     def __init__(self, config: InfiMMHDVisionConfig):
         super().__init__()
@@ -116,10 +138,13 @@ class EvaEmbeddings(nn.Module):
         self.num_channels = config.num_channels
         self.patch_size = config.patch_size
         self.class_token = nn.Parameter(torch.zeros(1, 1, width))
-        self.patch_embed = nn.Conv2d(config.num_channels, width, config.patch_size, stride=config.patch_size)
+        self.patch_embed = nn.Conv2d(
+            config.num_channels, width, config.patch_size, stride=config.patch_size, bias=config.use_patch_bias
+        )
         self.position_embedding = (
             nn.Parameter(torch.zeros(1, config.tokens_per_tile, width)) if config.use_absolute_position_embedding else None
         )
+        self.norm = nn.LayerNorm(width, eps=config.layer_norm_eps) if config.use_embedding_norm else nn.Identity()
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Map ``[tiles, 3, S, S]`` to ``[tiles, 1 + (S / patch)**2, C]``; S may differ from the configuration's."""
@@ -129,7 +154,7 @@ class EvaEmbeddings(nn.Module):
         if self.position_embedding is not None:
             grid_size = pixel_values.shape[-1] // self.patch_size
             x = x + resize_position_embedding(self.position_embedding, grid_size).to(x.dtype)
-        return x
+        return self.norm(x)
 
     def _check(self, pixel_values: torch.Tensor) -> None:
         shape = list(pixel_values.shape)
@@ -154,8 +179,9 @@ class InfiMMHDPreTrainedModel(PreTrainedModel):
         std = self.config.initializer_range
         if isinstance(module, QKVProjection):
             init.normal_(module.weight, std=std)
-            init.zeros_(module.q_bias)
-            init.zeros_(module.v_bias)
+            for bias in (module.q_bias, module.k_bias, module.v_bias):
+                if bias is not None:
+                    init.zeros_(bias)
         elif isinstance(module, EvaEmbeddings):
             init.normal_(module.class_token, std=std)
             if module.position_embedding is not None:
@@ -165,7 +191,7 @@ class InfiMMHDPreTrainedModel(PreTrainedModel):
         """Switch every attention of the tower and of the gated blocks.
 
         Args:
-            implementation: "sdpa", "reference" or "triton"; see `InfiMMHDConfig`.
+            implementation: "sdpa", "reference", "triton" or "auto"; see `InfiMMHDConfig`.
 
         Raises:
             ConfigurationError: the name is not known.
@@ -177,11 +203,34 @@ class InfiMMHDPreTrainedModel(PreTrainedModel):
             if isinstance(module, InfiMMHDPreTrainedModel):
                 module.config.implementation = implementation
 
+    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
+        """Save as Transformers does, but leave nothing half-written: a full disk leaves the folder as it was.
+
+        Args:
+            save_directory: folder to save in; other files in it stay.
+            *args: see `transformers.PreTrainedModel.save_pretrained`.
+            **kwargs: see there.
+
+        Raises:
+            OSError: the disk is full, or the folder cannot be written.
+            CheckpointError: another process is saving there.
+        """
+        shared = kwargs.get("distributed_checkpoint") or not kwargs.get("is_main_process", True)
+        if shared or kwargs.get("push_to_hub"):
+            # Several processes write into one folder, or the folder gives the repository its name.
+            super().save_pretrained(save_directory, *args, **kwargs)
+            return
+        with updated_folder(Path(save_directory), _WEIGHT_FILES) as partial:
+            try:
+                super().save_pretrained(partial, *args, **kwargs)
+            except SafetensorError as error:
+                raise OSError(f"{save_directory} cannot be written: {error}") from error
+
 
 class EvaVisionTower(InfiMMHDPreTrainedModel):
     """A ViT that runs a batch of tiles and returns every token, class token first.
 
-    Source: EVA-CLIP (arXiv 2303.15389), EVA-02 (arXiv 2303.11331).
+    Source: EVA-CLIP (arXiv 2303.15389), EVA-02 (arXiv 2303.11331), CLIP (arXiv 2103.00020).
     """
 
     _no_split_modules = ("EvaBlock",)

@@ -54,10 +54,12 @@ def project_visual_at_once(attentions: Sequence[VisualCrossAttention], features:
     Returns:
         For each block, keys and values ``[S, heads, head_dim]``.
     """
-    if any(type(attention.kv_proj) is not nn.Linear for attention in attentions):
-        # Quantised or adapted projections have no plain weight to join.
+    projections = [attention.kv_proj for attention in attentions]
+    if any(type(linear) is not nn.Linear or hasattr(linear, "_hf_hook") for linear in projections):
+        # Quantised and adapted projections have no plain weight to join, and those that a hook of accelerate brings in are
+        # on the meta device until they are called.
         return tuple(attention.project_visual(features) for attention in attentions)
-    projected = F.linear(features, torch.cat([attention.kv_proj.weight for attention in attentions]))
+    projected = F.linear(features, torch.cat([linear.weight for linear in projections]))
     shape = (len(attentions), 2, attentions[0].num_heads, attentions[0].head_dim)
     blocks = projected.unflatten(1, shape).unbind(1)  # each [S, 2, heads, head_dim]
     return tuple((block[:, 0], block[:, 1]) for block in blocks)
@@ -74,7 +76,11 @@ class GatedFeedForward(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map ``[B, T, C]`` to the same shape, before gate and residual."""
-        return self.down_proj(F.gelu(self.up_proj(self.norm(x))))
+        return self.transform(self.norm(x))
+
+    def transform(self, normed: torch.Tensor) -> torch.Tensor:
+        """Map the LayerNorm's output to the feed-forward's."""
+        return self.down_proj(F.gelu(self.up_proj(normed)))
 
 
 class GatedCrossAttentionBlock(nn.Module):

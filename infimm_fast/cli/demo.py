@@ -14,12 +14,13 @@ from rich.console import Console
 from rich.table import Table
 from transformers import BatchFeature
 
-from infimm_fast.cli.doctor import implementations
+from infimm_fast.cli.doctor import FUSED, implementations
 from infimm_fast.cli.tiles import draw_tiles
 from infimm_fast.errors import CheckpointError, ConfigurationError
 from infimm_fast.image_processing_infimm_hd import InfiMMHDImageProcessor
 from infimm_fast.images import load_image
 from infimm_fast.modeling_infimm_hd import InfiMMHDForConditionalGeneration
+from infimm_fast.optimization import optimize
 from infimm_fast.presets import preset as make_preset
 from infimm_fast.processing_infimm_hd import InfiMMHDProcessor
 from infimm_fast.tokenization_bytes import byte_tokenizer
@@ -77,7 +78,10 @@ def run_demo(
     results = {}
     names = [name for name, runs, _ in implementations(device) if runs]
     for name in names:
-        model.set_implementation(name)
+        if name == FUSED:
+            optimize(model.requires_grad_(False))
+        else:
+            model.set_implementation(name)
         with console.status(f"running {name} ..."):
             results[name] = _run_stages(model, inputs, max_new_tokens, repeats)
     tiling = _median_seconds(lambda: processor.image_processor(picture), repeats, device)

@@ -27,6 +27,10 @@ _PACKAGES = (
 )
 
 
+# What `infimm_fast.optimize` makes of a model; the other names are values of its configuration.
+FUSED = "fused"
+
+
 def installed_version(names: tuple[str, ...]) -> str | None:
     """Return "name version" of the first of these distributions that is installed."""
     for name in names:
@@ -38,7 +42,7 @@ def installed_version(names: tuple[str, ...]) -> str | None:
 
 
 def implementations(device: torch.device | None = None) -> list[tuple[str, bool, str]]:
-    """Return (name, whether it runs, remark) for every implementation of the model.
+    """Return (name, whether it runs, remark) for every implementation of the model, the one to use last.
 
     Args:
         device: where the model is to run; None for a CUDA GPU if there is one, else the CPU.
@@ -46,6 +50,7 @@ def implementations(device: torch.device | None = None) -> list[tuple[str, bool,
     if device is None:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     place = f"on {torch.cuda.get_device_name(device)}" if device.type == "cuda" else "on the CPU"
+    chosen = resolve_backend("auto", torch.empty(0, device=device))
     triton_place = "in Triton's interpreter, whose times mean nothing" if device.type == "cpu" else place
     try:
         resolve_backend("triton", torch.empty(0, device=device))
@@ -56,6 +61,7 @@ def implementations(device: torch.device | None = None) -> list[tuple[str, bool,
         ("reference", True, f"the naive path, {place}"),
         ("sdpa", True, f"PyTorch's fused attention, {place}"),
         ("triton", runs_triton, triton_remark),
+        (FUSED, True, f"infimm_fast.optimize: {chosen}, and gated blocks folded, {place}"),
     ]
 
 

@@ -41,7 +41,8 @@ def test_demo_with_random_weights(tmp_path):
     assert "5 tiles = 325 visual tokens" in text
     for stage in ("tiling", "vision", "K/V projection", "prefill", "per token"):
         assert stage in text
-    assert text.count(" ok") == 4 and "same tokens" in text and "FAILED" not in text
+    assert "sdpa against reference" in text and "fused against reference" in text
+    assert text.count(" ok") == 8 and text.count("same tokens") == 2 and "FAILED" not in text
     with Image.open(tmp_path / "tiles.png") as drawn:
         assert drawn.width > 900
 
@@ -123,7 +124,7 @@ def test_errors_are_one_line(arguments, message, tmp_path, monkeypatch):
 def test_doctor_says_what_is_there_and_how_to_get_the_rest(monkeypatch):
     text = invoke("doctor")
     assert f"torch {importlib.metadata.version('torch')}" in text
-    assert re.search(r"reference\s.*yes", text) and re.search(r"sdpa\s.*yes", text)
+    assert re.search(r"reference\s.*yes", text) and re.search(r"fused\s.*yes", text)
     original = doctor_command.installed_version
     monkeypatch.setattr(doctor_command, "installed_version", lambda names: None if "onnx" in names else original(names))
     assert "infimm-fast[onnx]" in invoke("doctor")

@@ -7,15 +7,22 @@ import pytest
 import torch
 
 import golden
-from infimm_fast import InfiMMHDForConditionalGeneration, VisualContext, convert_checkpoint
+from infimm_fast import InfiMMHDForConditionalGeneration, VisualContext, convert_checkpoint, optimize
 
 RUNS = ("mixed", "textonly_row", "right_pad", "left_pad")
-IMPLEMENTATIONS = ("sdpa", "reference")
+IMPLEMENTATIONS = ("sdpa", "reference", "fused")
 
 
 @pytest.fixture(scope="module", params=IMPLEMENTATIONS)
 def model(request):
+    if request.param == "fused":
+        return optimize(golden.model_a("sdpa"), fold=False)
     return golden.model_a(request.param)
+
+
+@pytest.fixture(scope="module")
+def folded_model():
+    return optimize(golden.model_a("sdpa").requires_grad_(False))
 
 
 def forward(model, run, **kwargs):
@@ -63,6 +70,12 @@ def test_gated_blocks_logits_and_loss(model, run):
         )
     golden.assert_close(result.logits[real], data[f"{run}.logits"][real], golden.FORWARD, "logits")
     assert abs(result.loss - data[f"{run}.loss"]) <= golden.LOSS * data[f"{run}.loss"]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("run", RUNS)
+def test_folded_blocks(folded_model, run):
+    test_gated_blocks_logits_and_loss(folded_model, run)
 
 
 @torch.no_grad()
@@ -168,6 +181,12 @@ def test_greedy_tokens(model, run):
     golden.assert_close(result.logits[0], data[f"{run}.step_logits"][:, 0], golden.FORWARD, "first step")
     if run == "gen_plain":  # no row stops early
         golden.assert_close(torch.stack(result.logits, 1), data[f"{run}.step_logits"], golden.FORWARD, "all steps")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("run", ("gen_plain", "gen_left_pad", "gen_textonly_row"))
+def test_greedy_tokens_with_folded_blocks(folded_model, run):
+    test_greedy_tokens(folded_model, run)
 
 
 @torch.no_grad()

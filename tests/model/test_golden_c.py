@@ -4,18 +4,22 @@ import pytest
 import torch
 
 import golden
-from infimm_fast import GatedCrossAttentionBlock, VisualContext
+from infimm_fast import FusedGatedCrossAttentionBlock, GatedCrossAttentionBlock, VisualContext
 from infimm_fast.visual_context import count_images
 
 PREFIX = "lang_encoder.model.layers.0.gated_cross_attn_layer."
-IMPLEMENTATIONS = ("sdpa", "reference")
+IMPLEMENTATIONS = ("sdpa", "reference", "fused")
 
 
 def load_block(implementation):
-    block = GatedCrossAttentionBlock(256, 224)
+    """Make the block; "fused" and "folded" name the fused one, on the backend after a colon or the default one."""
+    kind, _, backend = implementation.partition(":")
+    block = (FusedGatedCrossAttentionBlock if kind in ("fused", "folded") else GatedCrossAttentionBlock)(256, 224)
     weights = golden.renamed(golden.tensors("case_c_weights"), PREFIX)
     block.load_state_dict({name.partition("gated_cross_attention.")[2]: value for name, value in weights.items()})
-    block.attn.implementation = implementation
+    if kind == "folded":
+        block.requires_grad_(False).fold()
+    block.attn.implementation = backend or {"fused": "auto", "folded": "auto"}.get(kind, kind)
     return block
 
 
@@ -66,7 +70,7 @@ def test_outputs_and_gradients(mode, implementation):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", (*IMPLEMENTATIONS, "folded"))
 @pytest.mark.parametrize("mode", ("all_L1", "all_L2", "imm_L2"))
 def test_outputs_of_tokens_that_no_quirk_touches(mode, implementation):
     """The authors let text before the first image (all previous) or after a surplus token (immediate) see everything."""
@@ -79,7 +83,7 @@ def test_outputs_of_tokens_that_no_quirk_touches(mode, implementation):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", (*IMPLEMENTATIONS, "folded"))
 @pytest.mark.parametrize("mode", ("step_imm_cached_L1", "step_all_cached_L1", "step_imm_cached_L2", "step_all_cached_L2"))
 def test_single_token_steps(mode, implementation):
     data, locations = golden.tensors("case_c_forward"), load_mode(mode)
@@ -101,8 +105,9 @@ def test_attention_output_before_the_gate(implementation):
 
 
 @torch.no_grad()
-def test_epsilon():
-    data, block = golden.tensors("case_c_forward"), load_block("sdpa")
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_epsilon(implementation):
+    data, block = golden.tensors("case_c_forward"), load_block(implementation)
     block.attn.o_proj.weight.mul_(2**-9)
     out = run_block(block, "imm_L1", data["x"] * 2**-9, data["media"], load_mode("imm_L1"))
     golden.assert_close(out, data["eps_probe.out"], golden.FORWARD, "out")

@@ -15,6 +15,7 @@ import sys
 sys.path.insert(0, {folder!r})
 import torch
 import golden
+import infimm_fast
 from infimm_fast.kernels.subimage_attention import forward
 from infimm_fast.kernels.gated_cross_attention import forward as cross_forward
 launches = []
@@ -29,7 +30,7 @@ print("launches", launches.count("tower"), launches.count("cross"))
 """
 
 GOLDEN_A = """
-model, data = golden.model_a("triton"), golden.tensors("case_a_forward")
+model, data = infimm_fast.optimize(golden.model_a("triton"), fold=False, backend="triton"), golden.tensors("case_a_forward")
 
 def run(name):
     return model(
@@ -58,7 +59,7 @@ assert not ours
 """
 
 SHORT_A = """
-model, data = golden.model_a("triton"), golden.tensors("case_a_forward")
+model, data = infimm_fast.optimize(golden.model_a("triton"), fold=False, backend="triton"), golden.tensors("case_a_forward")
 with torch.no_grad():
     logits = model(
         input_ids=data["mixed.input_ids"], pixel_values=golden.images_a(), image_counts=torch.tensor([2, 2])
@@ -67,7 +68,8 @@ golden.assert_close(logits, data["mixed.logits"], golden.FORWARD, "logits")
 """
 
 GENERATE = """
-model, data = golden.model_a("triton"), golden.tensors("case_a_generate")
+model, data = golden.model_a("triton").requires_grad_(False), golden.tensors("case_a_generate")
+infimm_fast.optimize(model, backend="triton")
 for name in ("gen_plain", "gen_left_pad"):
     tokens = model.generate(
         input_ids=data[name + ".input_ids"],
@@ -86,11 +88,11 @@ GOLDEN_C = """
 sys.path.insert(0, {folder!r} + "/model")
 import test_golden_c as case_c
 for mode in ("imm_L1", "imm_cached_L1", "all_cached_L1", "none_cached"):
-    case_c.test_outputs_and_gradients(mode, "triton")
+    case_c.test_outputs_and_gradients(mode, "fused:triton")
 for mode in ("all_L1", "all_L2", "imm_L2"):
-    case_c.test_outputs_of_tokens_that_no_quirk_touches(mode, "triton")
+    case_c.test_outputs_of_tokens_that_no_quirk_touches(mode, "folded:triton")
 for mode in ("step_imm_cached_L1", "step_all_cached_L1", "step_imm_cached_L2", "step_all_cached_L2"):
-    case_c.test_single_token_steps(mode, "triton")
+    case_c.test_single_token_steps(mode, "folded:triton")
 """
 
 GOLDEN_B = """
