@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
-import tempfile
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -17,6 +15,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 from infimm_fast.checkpoint_io import CheckpointReader, write_safetensors
 from infimm_fast.configuration_infimm_hd import InfiMMHDConfig
 from infimm_fast.errors import CheckpointError
+from infimm_fast.folders import new_folder
 from infimm_fast.image_processing_infimm_hd import InfiMMHDImageProcessor
 from infimm_fast.modeling_infimm_hd import InfiMMHDForConditionalGeneration
 from infimm_fast.position_embedding import resize_patch_embedding, resize_position_embedding
@@ -40,14 +39,17 @@ _RENAMES = (
     (r"\.mlp\.w2\.", ".mlp.up_proj."),
     (r"\.mlp\.w3\.", ".mlp.down_proj."),
     (r"\.mlp\.ffn_ln\.", ".mlp.norm."),
+    (r"^perceiver\.", "resampler."),
+    (r"^(resampler\.layers\.\d+)\.0\.", r"\1.attn."),
+    (r"^(resampler\.layers\.\d+)\.1\.", r"\1.ff."),
     (r"^lang_encoder\.", "language_model."),
     (r"\.decoder_layer\.", "."),
     (r"\.gated_cross_attn_layer\.", ".gated_cross_attention."),
-    (r"(\.gated_cross_attention\.attn)\.to_(q|kv)\.", r"\1.\2_proj."),
-    (r"(\.gated_cross_attention\.attn)\.to_out\.", r"\1.o_proj."),
-    (r"(\.gated_cross_attention\.ff)\.0\.", r"\1.norm."),
-    (r"(\.gated_cross_attention\.ff)\.1\.", r"\1.up_proj."),
-    (r"(\.gated_cross_attention\.ff)\.3\.", r"\1.down_proj."),
+    (r"\.attn\.to_(q|kv)\.", r".attn.\1_proj."),
+    (r"\.attn\.to_out\.", ".attn.o_proj."),
+    (r"\.ff\.0\.", ".ff.norm."),
+    (r"\.ff\.1\.", ".ff.up_proj."),
+    (r"\.ff\.3\.", ".ff.down_proj."),
 )
 
 # Tables that the model computes by itself.
@@ -112,7 +114,8 @@ def convert_checkpoint(
 
     Raises:
         CheckpointError: unreadable, or with unknown, missing or wrongly shaped keys (all named), or the destination is in
-            use.
+            use, or another process converts to it.
+        OSError: the disk is full, or the destination cannot be written.
     """
     source, destination = Path(source), Path(destination)
     if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
@@ -120,18 +123,9 @@ def convert_checkpoint(
     reader = CheckpointReader(source)
     plan = plan_conversion(reader, config)
     _check_duplicates(reader, plan)
-    destination.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{destination.name}.", dir=destination.parent))
-    try:
-        partial.chmod(0o755)
+    with new_folder(destination) as partial:
         dtype = _write_weights(reader, plan, partial, max_shard_bytes, progress or (lambda done, total: None))
         _write_configuration(partial, config, tokenizer, dtype)
-        if destination.exists():
-            destination.rmdir()
-        partial.rename(destination)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
     return destination
 
 
@@ -260,15 +254,14 @@ def _write_weights(
 def _write_configuration(
     folder: Path, config: InfiMMHDConfig, tokenizer: PreTrainedTokenizerBase | None, dtype: torch.dtype
 ) -> None:
-    image_processor = InfiMMHDImageProcessor.from_config(config)
     config = InfiMMHDConfig.from_dict(config.to_dict())
     if tokenizer is not None:
-        processor = InfiMMHDProcessor(image_processor, tokenizer)
+        processor = InfiMMHDProcessor.from_config(config, tokenizer)
         for name, token_id in processor.token_ids().items():
             setattr(config, name, token_id)
         processor.save_pretrained(folder)
     else:
-        image_processor.save_pretrained(folder)
+        InfiMMHDImageProcessor.from_config(config).save_pretrained(folder)
     config.dtype = dtype
     config.architectures = [InfiMMHDForConditionalGeneration.__name__]
     config.save_pretrained(folder)

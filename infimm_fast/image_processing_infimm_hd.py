@@ -12,7 +12,7 @@ from transformers import BatchFeature
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
-from infimm_fast.configuration_infimm_hd import InfiMMHDConfig
+from infimm_fast.configuration_infimm_hd import InfiMMHDConfig, check_choice
 from infimm_fast.errors import ConfigurationError, ImageInputError
 from infimm_fast.images import MAX_PIXELS, load_image
 from infimm_fast.tiling import choose_grid, has_thumbnail
@@ -26,6 +26,8 @@ class InfiMMHDImageProcessor(BaseImageProcessor):
         min_grid: fewest sub-images along a side.
         max_grid: most sub-images along a side; inference may go beyond the 3 of training.
         always_thumbnail: make a thumbnail for pictures of a single sub-image too.
+        fit: "stretch" resizes a picture to its grid of tiles; "crop" scales the shorter side to one tile and takes the
+            middle, as CLIP does, for ``max_grid=1`` only.
         image_mean: mean of each channel in [0, 1], CLIP's by default.
         image_std: standard deviation of each channel.
         max_pixels: larger pictures are refused.
@@ -41,6 +43,7 @@ class InfiMMHDImageProcessor(BaseImageProcessor):
         min_grid: int = 1,
         max_grid: int = 3,
         always_thumbnail: bool = False,
+        fit: str = "stretch",
         image_mean: Sequence[float] = tuple(OPENAI_CLIP_MEAN),
         image_std: Sequence[float] = tuple(OPENAI_CLIP_STD),
         max_pixels: int = MAX_PIXELS,
@@ -52,10 +55,12 @@ class InfiMMHDImageProcessor(BaseImageProcessor):
                 f"tile_size={tile_size}, min_grid={min_grid}, max_grid={max_grid} do not fit; expected a tile of at least "
                 "1 pixel and 1 <= min_grid <= max_grid"
             )
+        check_choice("fit", fit, ("stretch",) if max_grid > 1 else ("stretch", "crop"))
         self.tile_size = tile_size
         self.min_grid = min_grid
         self.max_grid = max_grid
         self.always_thumbnail = always_thumbnail
+        self.fit = fit
         self.image_mean = list(image_mean)
         self.image_std = list(image_std)
         self.max_pixels = max_pixels
@@ -67,6 +72,7 @@ class InfiMMHDImageProcessor(BaseImageProcessor):
             tile_size=config.vision_config.image_size,
             max_grid=config.max_grid,
             always_thumbnail=config.always_thumbnail,
+            fit=config.image_fit,
         )
 
     def cut(self, image: Any) -> tuple[list[Image.Image], tuple[int, int]]:
@@ -83,6 +89,10 @@ class InfiMMHDImageProcessor(BaseImageProcessor):
         """
         image = load_image(image, self.max_pixels)
         size = self.tile_size
+        if self.fit == "crop":
+            left, top = ((side - min(image.size)) / 2 for side in image.size)
+            box = (left, top, image.width - left, image.height - top)
+            return [image.resize((size, size), Image.Resampling.BICUBIC, box)], (1, 1)
         rows, columns = choose_grid(image.height, image.width, size, self.min_grid, self.max_grid)
         resized = image.resize((columns * size, rows * size), Image.Resampling.BICUBIC)
         tiles = [

@@ -11,24 +11,27 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 
 from infimm_fast.errors import ImageInputError
 
 MAX_PIXELS = 100_000_000
 MAX_ASPECT_RATIO = 200
 
+# Colour space in a profile -> Pillow's mode of the pictures that it describes.
+_PROFILE_MODES = {"RGB ": "RGB", "CMYK": "CMYK", "GRAY": "L"}
+
 
 def load_image(source: Any, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """Return a picture as 8-bit RGB.
 
-    Grey, palette, CMYK and 16-bit pictures are converted, transparency is laid over white, the EXIF orientation is
-    applied, and the first frame of an animation is taken.
+    Grey, palette, CMYK and 16-bit pictures are converted, transparency is laid over white, colour profiles and the EXIF
+    orientation are applied, and the first frame of an animation is taken.
 
     Args:
         source: a PIL image; a path; the bytes of a file, or a binary file object; a base64 string (with or without a
-            ``data:`` prefix); a NumPy array or torch tensor, ``[H, W]``, ``[H, W, C]`` or ``[C, H, W]`` with 1, 3 or 4
-            channels, uint8, uint16, or floating point in [0, 1].
+            ``data:`` prefix and line breaks); a NumPy array or torch tensor, ``[H, W]``, ``[H, W, C]`` or ``[C, H, W]``
+            with 1, 3 or 4 channels, uint8, uint16, or floating point in [0, 1].
         max_pixels: larger pictures are refused before they are decoded.
 
     Returns:
@@ -40,14 +43,14 @@ def load_image(source: Any, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """
     if isinstance(source, Image.Image):
         image = source
-    elif isinstance(source, (str, os.PathLike, bytes, bytearray)) or hasattr(source, "read"):
+    elif isinstance(source, (str, os.PathLike, bytes, bytearray, memoryview)) or hasattr(source, "read"):
         image = _open(source)
     else:
         image = _from_array(source)
     _check_size(image.size, max_pixels)
     try:
         return _to_rgb(ImageOps.exif_transpose(image))
-    except (OSError, SyntaxError, ValueError, MemoryError) as error:
+    except Exception as error:  # Pillow's decoders raise errors of a dozen kinds
         raise ImageInputError(f"the picture is damaged and cannot be decoded: {error}") from error
 
 
@@ -56,13 +59,13 @@ def _open(source: Any) -> Image.Image:
     label = "the picture"
     if isinstance(source, (str, os.PathLike)):
         text = os.fspath(source)
-        if Path(text).is_file():
+        if _is_file(text):
             label = f"{text!r}"
         elif isinstance(source, str) and (decoded := _decode_base64(source)) is not None:
             source = decoded
         else:
             raise ImageInputError(f"{_shorten(text)!r} is no file, nor base64 data of a picture")
-    if isinstance(source, (bytes, bytearray)):
+    if isinstance(source, (bytes, bytearray, memoryview)):
         source = io.BytesIO(source)
     try:
         with warnings.catch_warnings():
@@ -73,15 +76,22 @@ def _open(source: Any) -> Image.Image:
         raise ImageInputError(f"{label} has too many pixels to be decoded safely: {error}") from error
     except UnidentifiedImageError as error:
         raise ImageInputError(f"{label} is not a picture in a known format") from error
-    except (OSError, SyntaxError, ValueError) as error:
+    except Exception as error:  # Pillow's decoders raise errors of a dozen kinds
         raise ImageInputError(f"{label} cannot be read: {error}") from error
+
+
+def _is_file(text: str) -> bool:
+    try:
+        return Path(text).is_file()
+    except OSError:  # too long for a name, as base64 text is
+        return False
 
 
 def _decode_base64(text: str) -> bytes | None:
     if text.startswith("data:"):
         text = text.partition(",")[2]
     try:
-        return base64.b64decode(text, validate=True) or None
+        return base64.b64decode("".join(text.split()), validate=True) or None
     except (binascii.Error, ValueError):
         return None
 
@@ -93,7 +103,7 @@ def _shorten(text: str, limit: int = 120) -> str:
 def _from_array(source: Any) -> Image.Image:
     """Wrap a NumPy array or torch tensor in either channel order."""
     if hasattr(source, "detach"):
-        source = source.detach().cpu().numpy()
+        source = _tensor_to_array(source)
     if not isinstance(source, np.ndarray):
         raise ImageInputError(
             f"a picture of type {type(source).__name__} is not accepted; pass a PIL image, path, bytes, array or tensor"
@@ -119,6 +129,15 @@ def _from_array(source: Any) -> Image.Image:
     return Image.fromarray(np.ascontiguousarray(array.astype(np.uint8)))
 
 
+def _tensor_to_array(tensor: Any) -> np.ndarray:
+    try:
+        tensor = tensor.detach().cpu()
+        # NumPy has no bfloat16.
+        return (tensor.float() if tensor.is_floating_point() else tensor).numpy()
+    except (TypeError, RuntimeError) as error:
+        raise ImageInputError(f"a tensor of {tensor.dtype} on {tensor.device} is no picture: {error}") from error
+
+
 def _check_size(size: tuple[int, int], max_pixels: int) -> None:
     width, height = size
     if min(size) < 1:
@@ -132,6 +151,7 @@ def _check_size(size: tuple[int, int], max_pixels: int) -> None:
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
+    profile = image.info.get("icc_profile")
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
         # Pillow clips these modes to 255; 16-bit pictures are scaled instead.
         array = np.asarray(image, dtype=np.float64)
@@ -141,5 +161,24 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
         layer = image.convert("RGBA")
         white = Image.new("RGBA", layer.size, "white")
-        return Image.alpha_composite(white, layer).convert("RGB")
-    return image.convert("RGB")
+        image = Image.alpha_composite(white, layer).convert("RGB")
+    elif image.mode not in _PROFILE_MODES.values():
+        image = image.convert("RGB")
+    return (_to_srgb(image, profile) if profile else image).convert("RGB")
+
+
+def _to_srgb(image: Image.Image, profile: bytes) -> Image.Image:
+    """Apply a colour profile; one that is damaged or does not fit is ignored with a warning, as browsers do."""
+    try:
+        parsed = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        if "sRGB" in ImageCms.getProfileDescription(parsed):
+            return image
+        if _PROFILE_MODES.get(parsed.profile.xcolor_space) == image.mode:
+            converted = ImageCms.profileToProfile(image, parsed, ImageCms.createProfile("sRGB"), outputMode="RGB")
+            assert converted is not None  # only in-place conversion returns nothing
+            return converted
+        reason = f"it is one for {parsed.profile.xcolor_space.strip()} pictures, the picture is {image.mode}"
+    except (OSError, ImageCms.PyCMSError) as error:
+        reason = f"it is damaged: {error}"
+    warnings.warn(f"the colour profile of a picture is ignored: {reason}", stacklevel=4)
+    return image

@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from infimm_fast.configuration_infimm_hd import IMPLEMENTATIONS, InfiMMHDVisionConfig, check_choice
 from infimm_fast.errors import ImageInputError
@@ -109,7 +110,7 @@ class SwiGluMlp(nn.Module):
 _MLPS: dict[str, type[nn.Module]] = {"gelu": GeluMlp, "quick_gelu": QuickGeluMlp, "swiglu": SwiGluMlp}
 
 
-class EvaBlock(nn.Module):
+class EvaBlock(GradientCheckpointingLayer):
     """Attention and MLP, each with a residual; the norm stands behind (post) or before (pre) them."""
 
     def __init__(self, config: InfiMMHDVisionConfig):
@@ -150,7 +151,7 @@ class EvaEmbeddings(nn.Module):
         """Map ``[tiles, 3, S, S]`` to ``[tiles, 1 + (S / patch)**2, C]``; S may differ from the configuration's."""
         self._check(pixel_values)
         patches = self.patch_embed(pixel_values).flatten(2).transpose(1, 2)  # [tiles, patches, C]
-        x = torch.cat((self.class_token.expand(len(patches), -1, -1), patches), dim=1)
+        x = torch.cat((self.class_token.expand(patches.shape[0], -1, -1), patches), dim=1)
         if self.position_embedding is not None:
             grid_size = pixel_values.shape[-1] // self.patch_size
             x = x + resize_position_embedding(self.position_embedding, grid_size).to(x.dtype)
@@ -172,6 +173,7 @@ class InfiMMHDPreTrainedModel(PreTrainedModel):
     config_class = InfiMMHDVisionConfig
     base_model_prefix = ""
     main_input_name = "pixel_values"
+    supports_gradient_checkpointing = True
     _supports_sdpa = True
 
     def _init_weights(self, module: nn.Module) -> None:

@@ -1,4 +1,4 @@
-"""InfiMM-HD: EVA-CLIP tower on a batch of sub-images, gated cross-attention, decoder language model."""
+"""The InfiMM family: a vision tower on a batch of tiles, a Perceiver or none, gated cross-attention, a language model."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from infimm_fast.modeling_gated_cross_attention import (
     insert_gated_cross_attention,
     project_visual_at_once,
 )
+from infimm_fast.modeling_perceiver import PerceiverResampler
 from infimm_fast.position_embedding import subimage_position_embedding
 from infimm_fast.tiling import tile_count, tile_places
 from infimm_fast.visual_context import VisualContext, count_images
@@ -49,13 +50,12 @@ class InfiMMHDCausalLMOutputWithPast(ModelOutput):
 class InfiMMHDForConditionalGeneration(InfiMMHDPreTrainedModel, GenerationMixin):
     """Text generation from interleaved text and pictures of any size.
 
-    Source: InfiMM-HD (arXiv 2403.01487).
+    Source: InfiMM-HD (arXiv 2403.01487), Flamingo (arXiv 2204.14198).
     """
 
     config_class = InfiMMHDConfig
     main_input_name = "input_ids"
     input_modalities = ("image", "text")
-    supports_gradient_checkpointing = True
     _skip_keys_device_placement = ("past_key_values", "cross_attention")
     _supports_flash_attn = True
     _supports_flex_attn = True
@@ -64,11 +64,13 @@ class InfiMMHDForConditionalGeneration(InfiMMHDPreTrainedModel, GenerationMixin)
     def __init__(self, config: InfiMMHDConfig):
         super().__init__(config)
         self.vision_tower = EvaVisionTower(config.vision_config)
+        self.resampler = PerceiverResampler(config) if config.resampler_layers else None
         self.language_model = AutoModelForCausalLM.from_config(config.text_config)
         blocks = {index: self._make_gated_block(config) for index in config.gated_layers}
         insert_gated_cross_attention(self.language_model.get_decoder(), blocks)
         self.set_implementation(config.implementation)
-        self._no_split_modules = {type(layer).__name__ for layer in self.language_model.get_decoder().layers}
+        decoder_layers = {type(layer).__name__ for layer in self.language_model.get_decoder().layers}
+        self._no_split_modules = {*decoder_layers, *EvaVisionTower._no_split_modules, PerceiverResampler.__name__}
         self.post_init()
 
     @staticmethod
@@ -87,6 +89,8 @@ class InfiMMHDForConditionalGeneration(InfiMMHDPreTrainedModel, GenerationMixin)
     def initialize_weights(self) -> None:
         """Initialise what no checkpoint has set."""
         super().initialize_weights()
+        if self.resampler is not None:
+            init.normal_(self.resampler.latents)
         # Transformers lets the language model initialise all modules inside it, and that does not know gates.
         for block in self.gated_blocks:
             init.normal_(block.attn_gate, std=self.config.gate_initializer_range)
@@ -117,7 +121,7 @@ class InfiMMHDForConditionalGeneration(InfiMMHDPreTrainedModel, GenerationMixin)
     def get_image_features(
         self, pixel_values: torch.Tensor, image_grids: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Run the vision tower on all tiles and add each sub-image's place.
+        """Run the vision tower on all tiles, add each sub-image's place, and resample if the model has a resampler.
 
         Args:
             pixel_values: tiles of all pictures, ``[tiles, 3, S, S]``; a picture's sub-images row by row, then its
@@ -137,13 +141,30 @@ class InfiMMHDForConditionalGeneration(InfiMMHDPreTrainedModel, GenerationMixin)
         counts = [tile_count(rows, columns, always_thumbnail) for rows, columns in grids]
         if sum(counts) != len(pixel_values):
             raise ImageCountError(f"image_grids {grids} stand for {sum(counts)} tiles, but there are {len(pixel_values)}")
-        features = self.vision_tower(pixel_values.to(self.vision_tower.dtype), self.config.vision_feature_layer)
+        positions = None
         if self.config.use_subimage_position_embedding:
-            places = tile_places(grids, always_thumbnail)
-            embedding = subimage_position_embedding(places, features.shape[-1], features.device)
-            features = features + embedding.to(features.dtype)[:, None]
+            width = self.config.vision_config.hidden_size
+            positions = subimage_position_embedding(tile_places(grids, always_thumbnail), width, pixel_values.device)
+        features = self.encode_tiles(pixel_values, positions)
         offsets = torch.tensor([0, *counts]).cumsum(0) * features.shape[1]
         return features.flatten(0, 1), offsets.to(features.device)
+
+    def encode_tiles(self, pixel_values: torch.Tensor, positions: torch.Tensor | None = None) -> torch.Tensor:
+        """Run tower and resampler on a batch of tiles; what the tiles belong to does not matter here.
+
+        Args:
+            pixel_values: ``[tiles, 3, S, S]``.
+            positions: added to all tokens of a tile, ``[tiles, C]``; see `subimage_position_embedding`.
+
+        Returns:
+            ``[tiles, visual_tokens_per_tile, C]``.
+        """
+        features = self.vision_tower(pixel_values.to(self.vision_tower.dtype), self.config.vision_feature_layer)
+        if not self.config.use_class_token:
+            features = features[:, 1:]
+        if positions is not None:
+            features = features + positions.to(features)[:, None]
+        return features if self.resampler is None else self.resampler(features)
 
     def encode_images(
         self,

@@ -7,6 +7,9 @@ import math
 import torch
 import torch.nn.functional as F
 
+# Stands for a thumbnail where tiles have (row, column) in a tensor.
+THUMBNAIL = (-1, -1)
+
 
 def resize_position_embedding(embedding: torch.Tensor, grid_size: int) -> torch.Tensor:
     """Resize a learned position embedding of a square patch grid, bicubic, class token kept.
@@ -79,24 +82,33 @@ def axial_rope(
 def subimage_position_embedding(
     places: list[tuple[int, int] | None], dim: int, device: torch.device | None = None
 ) -> torch.Tensor:
-    """2D sinusoidal embedding POS(row, column) of every tile; a thumbnail (None) has the zero vector.
+    """Return `tile_position_embedding` of every tile, float32 ``[len(places), dim]``.
+
+    Args:
+        places: (row, column) of each tile, or None for a thumbnail.
+        dim: width, a multiple of 4.
+        device: where the result is made.
+    """
+    positions = torch.tensor([place or THUMBNAIL for place in places], device=device).view(-1, 2)
+    return tile_position_embedding(positions, dim)
+
+
+def tile_position_embedding(positions: torch.Tensor, dim: int) -> torch.Tensor:
+    """2D sinusoidal embedding POS(row, column) of every tile; a thumbnail has the zero vector.
 
     ``POS[2i] = sin(row / 10000^(4i / dim))``, ``POS[2i + 1] = cos(...)`` for the first half of the channels, the same with
     the column for the second half.
 
     Args:
-        places: (row, column) of each tile, or None.
+        positions: int ``[tiles, 2]``, (row, column) of each tile, `THUMBNAIL` for a thumbnail.
         dim: width, a multiple of 4.
-        device: where the result is made.
 
     Returns:
-        float32 ``[len(places), dim]``.
+        float32 ``[tiles, dim]``.
 
     Source: Wang & Liu 2021 (arXiv 1908.11415), as InfiMM-HD uses it (arXiv 2403.01487, section 3).
     """
-    frequencies = 10000.0 ** (-torch.arange(0, dim // 2, 2, device=device).float() * 2 / dim)  # [dim / 4]
-    coordinates = torch.tensor([place or (0, 0) for place in places], dtype=torch.float32, device=device).view(-1, 2)
-    angles = coordinates[..., None] * frequencies  # [tiles, 2, dim / 4]
+    frequencies = 10000.0 ** (-torch.arange(0, dim // 2, 2, device=positions.device).float() * 2 / dim)  # [dim / 4]
+    angles = positions.float()[..., None] * frequencies  # [tiles, 2, dim / 4]
     embedding = torch.stack((angles.sin(), angles.cos()), dim=-1).flatten(1)  # [tiles, dim]
-    is_subimage = torch.tensor([place is not None for place in places], device=device)
-    return embedding * is_subimage[:, None]
+    return embedding * (positions[:, :1] >= 0)

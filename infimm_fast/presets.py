@@ -5,13 +5,25 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from transformers import LlamaConfig
+from transformers import LlamaConfig, MistralConfig
 
 from infimm_fast.configuration_infimm_hd import InfiMMHDConfig, InfiMMHDVisionConfig
 from infimm_fast.errors import ConfigurationError
 from infimm_fast.tokenization_bytes import END_OF_CHUNK_ID, IMAGE_ID, VOCABULARY_SIZE
 
-VICUNA_VOCABULARY = 32000 + 2  # Llama's tokens, <|endofchunk|>, <image>
+VICUNA_VOCABULARY = 32000 + 2  # Llama's tokens, <|endofchunk|>, <image>; Mistral has as many
+
+# What the Flamingo models of the family share: one gate for each branch, a wide feed-forward, six Perceiver layers of 64
+# latents, a picture of one tile.
+_FLAMINGO: dict[str, Any] = {
+    "cross_attention_heads": 8,
+    "cross_attention_ff_mult": 4.0,
+    "cross_attention_gate": "scalar",
+    "use_subimage_position_embedding": False,
+    "resampler_layers": 6,
+    "max_grid": 1,
+    "image_fit": "crop",
+}
 
 
 def _vicuna(size: str) -> LlamaConfig:
@@ -38,6 +50,64 @@ def _pretrain(size: str) -> InfiMMHDConfig:
         text_config=_vicuna(size),
         use_subimage_position_embedding=False,
         max_grid=1,
+    )
+
+
+def _zephyr() -> InfiMMHDConfig:
+    """InfiMM-Zephyr as its published configuration and the shapes in its checkpoint have it."""
+    vision = InfiMMHDVisionConfig(
+        hidden_size=1024,
+        num_hidden_layers=24,
+        num_attention_heads=16,
+        intermediate_size=2730,
+        image_size=336,
+        norm_position="pre",
+        mlp_type="swiglu",
+        use_sub_layer_norm=True,
+        use_rope=True,
+        projection_dim=768,
+    )
+    text = MistralConfig(
+        vocab_size=VICUNA_VOCABULARY, max_position_embeddings=32768, rms_norm_eps=1e-5, sliding_window=4096, pad_token_id=2
+    )
+    return InfiMMHDConfig(
+        vision_config=vision,
+        text_config=text,
+        cross_attention_every_n_layers=2,
+        chat_format="zephyr",
+        **_FLAMINGO,
+    )
+
+
+def _open_flamingo() -> InfiMMHDConfig:
+    """OpenFlamingo-9B on Llama (arXiv 2308.01390): CLIP ViT-L/14, patches without the class token."""
+    vision = InfiMMHDVisionConfig(
+        hidden_size=1024,
+        num_hidden_layers=24,
+        num_attention_heads=16,
+        intermediate_size=4096,
+        image_size=224,
+        layer_norm_eps=1e-5,
+        norm_position="pre",
+        mlp_type="quick_gelu",
+        use_embedding_norm=True,
+        use_patch_bias=False,
+        use_key_bias=True,
+        projection_dim=None,
+    )
+    text = LlamaConfig(
+        vocab_size=VICUNA_VOCABULARY + 1,  # and a padding token
+        max_position_embeddings=2048,
+        rms_norm_eps=1e-6,
+        pad_token_id=VICUNA_VOCABULARY,
+    )
+    return InfiMMHDConfig(
+        vision_config=vision,
+        text_config=text,
+        cross_attention_every_n_layers=4,
+        use_class_token=False,
+        chat_format="plain",
+        **_FLAMINGO,
     )
 
 
@@ -74,11 +144,56 @@ def _tiny() -> InfiMMHDConfig:
     )
 
 
+def _tiny_zephyr() -> InfiMMHDConfig:
+    """InfiMM-Zephyr in seconds on a CPU: every part of it, heads of 64, grouped keys in the language model."""
+    vision = InfiMMHDVisionConfig(
+        hidden_size=128,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        intermediate_size=341,
+        image_size=84,
+        norm_position="pre",
+        mlp_type="swiglu",
+        use_sub_layer_norm=True,
+        use_rope=True,
+        projection_dim=32,
+        initializer_range=0.1,
+    )
+    text = MistralConfig(
+        vocab_size=VOCABULARY_SIZE,
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=4096,
+        rms_norm_eps=1e-5,
+        sliding_window=4096,
+        pad_token_id=0,
+        initializer_range=0.1,
+    )
+    small = {"resampler_layers": 2, "resampler_latents": 16, "resampler_heads": 2}
+    return InfiMMHDConfig(
+        vision_config=vision,
+        text_config=text,
+        image_token_id=IMAGE_ID,
+        end_of_chunk_token_id=END_OF_CHUNK_ID,
+        cross_attention_every_n_layers=2,
+        chat_format="zephyr",
+        gate_initializer_range=0.5,
+        initializer_range=0.1,
+        **{**_FLAMINGO, **small},
+    )
+
+
 PRESETS: dict[str, Callable[[], InfiMMHDConfig]] = {
     "infimm-hd-vicuna-13b": _high_resolution,
     "infimm-pretrain-vicuna-7b": lambda: _pretrain("7b"),
     "infimm-pretrain-vicuna-13b": lambda: _pretrain("13b"),
+    "infimm-zephyr-7b": _zephyr,
+    "openflamingo-9b": _open_flamingo,
     "tiny": _tiny,
+    "tiny-zephyr": _tiny_zephyr,
 }
 
 

@@ -7,31 +7,11 @@ from typing import Any
 import torch
 from transformers import BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
 
+from infimm_fast.chat_templates import CHAT_TEMPLATES
+from infimm_fast.configuration_infimm_hd import InfiMMHDConfig
 from infimm_fast.errors import ImageCountError, PromptError
 from infimm_fast.image_processing_infimm_hd import InfiMMHDImageProcessor, nest_images
 from infimm_fast.tokenization_bytes import END_OF_CHUNK_TOKEN, IMAGE_TOKEN
-
-SYSTEM_PROMPT = (
-    "A chat between a curious user and an artificial intelligence assistant. "
-    "The assistant gives helpful, detailed, and polite answers to the user's questions."
-)
-
-# Vicuna v1.1: "<system> USER: <text> ASSISTANT: <text></s>USER: ..."; an image stands where its content part stands.
-CHAT_TEMPLATE = (
-    "{% macro render(content) %}"
-    "{% if content is string %}{{ content }}{% else %}"
-    "{% for part in content %}"
-    "{% if part['type'] == 'image' %}<image>{% elif part['type'] == 'text' %}{{ part['text'] }}{% endif %}"
-    "{% endfor %}{% endif %}"
-    "{% endmacro %}"
-    "{% if messages[0]['role'] == 'system' %}{{ render(messages[0]['content']) }}"
-    "{% else %}" + SYSTEM_PROMPT + "{% endif %}{{ ' ' }}"
-    "{% for message in messages %}"
-    "{% if message['role'] == 'user' %}USER: {{ render(message['content']) }} "
-    "{% elif message['role'] == 'assistant' %}ASSISTANT: {{ render(message['content']) }}</s>"
-    "{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
-)
 
 
 class InfiMMHDProcessor(ProcessorMixin):
@@ -57,7 +37,12 @@ class InfiMMHDProcessor(ProcessorMixin):
             if missing:
                 tokenizer.add_special_tokens({"additional_special_tokens": missing}, False)
             self.image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
-        super().__init__(image_processor, tokenizer, chat_template=chat_template or CHAT_TEMPLATE)
+        super().__init__(image_processor, tokenizer, chat_template=chat_template or CHAT_TEMPLATES["vicuna"])
+
+    @classmethod
+    def from_config(cls, config: InfiMMHDConfig, tokenizer: PreTrainedTokenizerBase) -> InfiMMHDProcessor:
+        """Return the processor that fits a model's configuration."""
+        return cls(InfiMMHDImageProcessor.from_config(config), tokenizer, CHAT_TEMPLATES[config.chat_format])
 
     def __call__(
         self,

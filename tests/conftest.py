@@ -1,11 +1,11 @@
-"""What all tests share: two threads, and a skip with its reason for what this machine lacks."""
+"""What all tests share: few threads, and a skip with its reason for what this machine lacks."""
 
 import importlib.util
 import os
 
 # The models are tiny: more threads only wait for each other, for minutes if another job uses the cores. Set before torch
 # is imported, and inherited by the processes that tests start.
-os.environ.setdefault("OMP_NUM_THREADS", "2")
+os.environ.setdefault("OMP_NUM_THREADS", "1" if "PYTEST_XDIST_WORKER" in os.environ else "2")
 
 import pytest
 import torch
