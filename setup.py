@@ -17,8 +17,8 @@ def _map_folders() -> dict[str, str]:
     for parent in ("kernels", "export"):
         for init in sorted((ROOT / parent).glob("*/__init__.py")):
             mapping[f"infimm_fast.{parent}.{init.parent.name}"] = f"{parent}/{init.parent.name}"
-    if (ROOT / "benchmarks" / "__init__.py").exists():
-        mapping["infimm_fast.benchmarks"] = "benchmarks"
+    for name in find_packages(include=["benchmarks", "benchmarks.*"]):
+        mapping[f"infimm_fast.{name}"] = name.replace(".", "/")
     return mapping
 
 
@@ -27,5 +27,5 @@ PACKAGES = _map_folders()
 setup(
     packages=list(PACKAGES),
     package_dir=PACKAGES,
-    package_data={"infimm_fast": ["py.typed"]},
+    package_data={"infimm_fast": ["py.typed"], "infimm_fast.export.to_onnx": ["*.json"]},
 )

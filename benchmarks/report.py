@@ -1,0 +1,141 @@
+"""What a run leaves behind: one JSON file."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from infimm_fast.errors import ConfigurationError
+
+FORMAT = "infimm_fast benchmark 1"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One implementation of one case in one launch mode: a figure, or the reason why there is none.
+
+    Attributes:
+        implementation: its name.
+        mode: "eager" or "graph".
+        ours: whether it is one of this library's.
+        median_ms: of single runs; None without a figure, like all that follow.
+        p10_ms: a tenth of the runs was faster.
+        p90_ms: a tenth of the runs was slower.
+        samples: number of timed runs.
+        tflops: by the case's true FLOPs.
+        share: of the ceiling that binds the case.
+        pictures_per_s: throughput, where a run takes in pictures.
+        peak_memory_mb: allocated by one run beyond its inputs, in MiB; None on a CPU.
+        stages: median of each stage in milliseconds.
+        errors: of each checked result: max_abs, rms, and what was allowed.
+        remark: why there is no figure.
+        failed: the check failed, or one of this library's own implementations did not run.
+    """
+
+    implementation: str
+    mode: str
+    ours: bool = False
+    median_ms: float | None = None
+    p10_ms: float | None = None
+    p90_ms: float | None = None
+    samples: int = 0
+    tflops: float | None = None
+    share: float | None = None
+    pictures_per_s: float | None = None
+    peak_memory_mb: float | None = None
+    stages: dict[str, float] = field(default_factory=dict)
+    errors: dict[str, dict[str, float]] = field(default_factory=dict)
+    remark: str = ""
+    failed: bool = False
+
+
+@dataclass(frozen=True)
+class CaseResult:
+    """All rows of one case.
+
+    Attributes:
+        op: name of the op.
+        section: its section.
+        case: name of the case.
+        sizes: see `infimm_fast.benchmarks.registry.Case`, like the next five.
+        dtype: of the tensors.
+        importance: 0 is a main case.
+        backward: whether the backward pass is timed too.
+        flops: true FLOPs.
+        bytes: fewest bytes that must move.
+        series: of scaling plots.
+        bound: the ceiling that binds the case, "matmul" or "copy".
+        input_sets: sets of inputs that rotated.
+        gpu: clock, temperature and power after the case; empty on a CPU.
+        rows: one for each implementation and launch mode.
+    """
+
+    op: str
+    section: str
+    case: str
+    sizes: dict[str, int]
+    dtype: str
+    importance: int
+    backward: bool
+    flops: int
+    bytes: int
+    series: tuple[tuple[str, str, int], ...]
+    bound: str
+    input_sets: int
+    gpu: dict[str, str]
+    rows: list[Row]
+
+
+@dataclass
+class Report:
+    """A whole run.
+
+    Attributes:
+        title: preset and device, and whether the run is a scaled-down one.
+        environment: card, versions, commit.
+        settings: what was asked for.
+        ceilings: measured in this run.
+        cases: in the order in which they ran.
+        left_out: cases that the budget had no time for.
+    """
+
+    title: str
+    environment: dict[str, Any]
+    settings: dict[str, Any]
+    ceilings: dict[str, float]
+    cases: list[CaseResult] = field(default_factory=list)
+    left_out: list[str] = field(default_factory=list)
+
+    @property
+    def failed(self) -> list[str]:
+        """Implementations that failed, with their case."""
+        return [f"{case.op}, {case.case}: {row.implementation}" for case in self.cases for row in case.rows if row.failed]
+
+    def save(self, file: Path) -> None:
+        """Write the report; the file is complete at every moment."""
+        file.parent.mkdir(parents=True, exist_ok=True)
+        partial = file.with_name(f".{file.name}.partial")
+        partial.write_text(json.dumps({"format": FORMAT, **asdict(self)}, indent=1) + "\n")
+        partial.replace(file)
+
+    @classmethod
+    def load(cls, file: Path) -> Report:
+        """Read what `save` wrote.
+
+        Raises:
+            ConfigurationError: the file is not a report of this version.
+        """
+        try:
+            content = json.loads(file.read_text())
+            found = content.pop("format", None) if isinstance(content, dict) else None
+        except (OSError, ValueError) as error:
+            raise ConfigurationError(f"{file} cannot be read as a benchmark report: {error}") from error
+        if found != FORMAT:
+            raise ConfigurationError(f"{file} has format {found!r}; expected {FORMAT!r}, as `infimm-fast bench` writes it")
+        cases = []
+        for case in content.pop("cases"):
+            rows, series = [Row(**row) for row in case["rows"]], tuple(tuple(one) for one in case["series"])
+            cases.append(CaseResult(**case | {"rows": rows, "series": series}))
+        return cls(**content, cases=cases)

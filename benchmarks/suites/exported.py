@@ -1,0 +1,133 @@
+"""Exported models on their runtimes: a picture and a prompt to the first token."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from infimm_fast.benchmarks.cases import item_size, language_bytes, language_flops, vision_bytes
+from infimm_fast.benchmarks.inputs import random_tensor
+from infimm_fast.benchmarks.registry import (
+    Case,
+    Inputs,
+    Op,
+    Outputs,
+    Plan,
+    Prepared,
+    Run,
+    needs_cuda,
+    register_implementation,
+    register_op,
+)
+from infimm_fast.benchmarks.suites.model import DEVIATIONS, make_ids
+from infimm_fast.costs import picture_costs
+from infimm_fast.errors import ConfigurationError
+from infimm_fast.testing import Errors
+
+NAME = "exported_model"
+_TOKENS = 32
+_DTYPES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
+
+
+@register_op
+class ExportedModel(Op):
+    """An artifact of `infimm_fast.export` as it stands in its folder.
+
+    Its export compared it with PyTorch, and one that was never verified gets no figure. Providers are compared with the
+    CPU's.
+    """
+
+    name = NAME
+    section = "export"
+    wall_clock = True
+
+    def cases(self, plan: Plan) -> list[Case]:
+        """Return one case for each artifact: a picture of the largest grid."""
+        try:
+            return [self._make_case(folder) for folder in plan.artifacts]
+        except ValueError as error:  # what the exporters raise, whichever of them it is
+            raise ConfigurationError(str(error)) from error
+
+    @staticmethod
+    def _make_case(folder: str) -> Case:
+        exported = _load(folder)
+        config, dtype = exported.config, _DTYPES[exported.manifest.dtype]
+        side = config.max_grid * config.vision_config.image_size
+        costs = picture_costs(config, side, side, item_size(dtype))
+        moved = vision_bytes(config, dtype, costs.tiles)
+        return Case(
+            name=f"{folder}, a picture of {side} x {side} and {_TOKENS} tokens",
+            sizes={"tiles": costs.tiles, "grid": config.max_grid, "tokens": _TOKENS},
+            dtype=dtype,
+            flops=costs.flops + language_flops(config, 1, _TOKENS, 0, costs.visual_tokens),
+            bytes=moved + language_bytes(config, dtype, 1, _TOKENS, 0, costs.visual_tokens),
+            importance=0,
+            artifact=folder,
+            pictures=1,
+        )
+
+    def make_inputs(self, case: Case, device: torch.device, seed: int) -> Inputs:
+        """Return tiles, grid and prompt on the host, where the runtimes take them."""
+        config, host = _load(case.artifact).config, torch.device("cpu")
+        size, channels = config.vision_config.image_size, config.vision_config.num_channels
+        shape = (case.sizes["tiles"], channels, size, size)
+        return {
+            "pixels": random_tensor(*shape, dtype=torch.float32, device=host, seed=seed),
+            "grids": torch.full((1, 2), case.sizes["grid"]),
+            "ids": make_ids(config, 1, case.sizes["tokens"], host),
+        }
+
+    def reference(self, case: Case, inputs: Inputs, dtype: torch.dtype) -> Outputs:
+        """Return the CPU provider's visual tokens, whatever `dtype` is."""
+        return {"out": _prepare(case, inputs, "cpu").run()}
+
+    def expected(self, case: Case, inputs: Inputs) -> Any:
+        """Return the CPU provider's visual tokens, and whether the export was verified."""
+        return self.reference(case, inputs, case.torch_dtype)["out"], _load(case.artifact).manifest.verified
+
+    def check(self, case: Case, inputs: Inputs, expected: Any, implementation: str, run: Run) -> dict[str, Errors]:
+        """Return the deviation from the CPU provider; see `Op.check`."""
+        features, verified = expected
+        assert verified, "the artifact was never verified; export it again without --no-verify"
+        deviation = ((run() - features).square().mean() / features.square().mean()).sqrt().item()
+        allowed = DEVIATIONS[case.dtype]
+        assert deviation <= allowed, f"RMS deviation from the CPU provider is {deviation:.1e} of the RMS, above {allowed}"
+        return {"against the CPU provider": Errors(deviation, deviation, allowed, allowed)}
+
+
+def _load(folder: str, provider: str = "cpu") -> Any:
+    # Here, since exporters need packages that no other section does.
+    from infimm_fast.export import load
+
+    return load(folder, provider)
+
+
+def _prepare(case: Case, inputs: Inputs, provider: str) -> Prepared:
+    exported = _load(case.artifact, provider)
+    pixels, grids, ids = inputs["pixels"], inputs["grids"], inputs["ids"]
+    one = torch.ones(1, dtype=torch.int64)
+
+    def encode() -> Any:
+        return exported.encode_tiles(pixels, grids, one)
+
+    def first_token(encoded: Any) -> torch.Tensor:
+        return exported.generate_tokens(ids, torch.ones_like(ids), encoded, max_new_tokens=1)
+
+    def run() -> torch.Tensor:
+        encoded = encode()
+        first_token(encoded)
+        return exported.backend.to_tensor(encoded.features).float()
+
+    encoded = encode()
+    return Prepared(run, {"encode": encode, "first token": lambda: first_token(encoded)})
+
+
+def _on(provider: str) -> Callable[[Case, Inputs], Prepared]:
+    return lambda case, inputs: _prepare(case, inputs, provider)
+
+
+register_implementation(NAME, "onnxruntime cpu", graph=False)(_on("cpu"))
+register_implementation(NAME, "onnxruntime cuda", graph=False, requires=needs_cuda)(_on("cuda"))
+register_implementation(NAME, "onnxruntime tensorrt", graph=False, requires=needs_cuda)(_on("tensorrt"))

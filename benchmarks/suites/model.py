@@ -1,0 +1,241 @@
+"""What the stages of the model share: one model in memory, its ways to run, and the checks in front of their figures."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from abc import abstractmethod
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from infimm_fast.benchmarks.inputs import random_tensor
+from infimm_fast.benchmarks.registry import (
+    DTYPES,
+    IMPLEMENTATIONS,
+    OPS,
+    Case,
+    Inputs,
+    Op,
+    Outputs,
+    Plan,
+    Prepared,
+    Run,
+    needs_cuda,
+    prepare,
+    register_implementation,
+)
+from infimm_fast.configuration_infimm_hd import InfiMMHDConfig
+from infimm_fast.modeling_gated_cross_attention import project_visual_at_once
+from infimm_fast.modeling_infimm_hd import InfiMMHDForConditionalGeneration
+from infimm_fast.optimization import optimize, restore
+from infimm_fast.presets import preset
+from infimm_fast.testing import Errors, assert_error_budget
+from infimm_fast.visual_context import VisualContext
+
+# Largest RMS deviation from the SDPA model in the same precision, over its RMS. Roundings of all layers add up (the naive
+# tiny model comes to 5e-2 in bf16), so this finds gross errors; the two other checks are the strict ones.
+DEVIATIONS = {"fp32": 1e-4, "fp16": 2e-2, "bf16": 1e-1}
+_SLICE_LAYERS, _SLICE_TOKENS = 2, 16
+# Fused ops that a way to run the model stands on.
+_ATTENTION = ("subimage_attention", "infimm_fast"), ("gated_cross_attention", "infimm_fast")
+_OPS: dict[str, tuple[tuple[str, str], ...]] = {
+    "infimm_fast": _ATTENTION,
+    "fused": (*_ATTENTION, ("gated_block", "fused")),
+    "fused folded": (*_ATTENTION, ("gated_block", "fused folded")),
+}
+
+
+def make_model(config: InfiMMHDConfig, dtype: torch.dtype, device: torch.device) -> InfiMMHDForConditionalGeneration:
+    """Return a model with random weights made on the device; its gates are open, or errors behind them would not show."""
+    config.gate_initializer_range = config.gate_initializer_range or 0.5
+    torch.manual_seed(0)
+    previous = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device):
+            model = InfiMMHDForConditionalGeneration(config)
+    finally:
+        torch.set_default_dtype(previous)
+    return model.eval().requires_grad_(False)
+
+
+@functools.lru_cache(maxsize=1)
+def load_model(name: str, dtype: str, device: torch.device) -> InfiMMHDForConditionalGeneration:
+    """Return the model of a preset; one is kept, and all implementations run it."""
+    return make_model(preset(name), DTYPES[dtype], device)
+
+
+def _compile(model: InfiMMHDForConditionalGeneration) -> None:
+    model.set_implementation("sdpa")
+    # One compiled block serves all layers of the tower; the decoder is a graph of its own.
+    for block in model.vision_tower.blocks:
+        block.compile(dynamic=False)
+    model.language_model.get_decoder().compile(dynamic=False)
+
+
+def _reset(model: InfiMMHDForConditionalGeneration) -> None:
+    """Bring the model back to plain SDPA, whatever was done to it."""
+    restore(model)
+    model.set_implementation("sdpa")
+    for module in (*model.vision_tower.blocks, model.language_model.get_decoder()):
+        module._compiled_call_impl = None
+
+
+_ENTER: dict[str, Callable[[InfiMMHDForConditionalGeneration], Any]] = {
+    "naive": lambda model: model.set_implementation("reference"),
+    "sdpa": lambda model: model.set_implementation("sdpa"),
+    "sdpa compiled": _compile,
+    "infimm_fast": lambda model: model.set_implementation("triton"),
+    "fused": lambda model: optimize(model, fold=False),
+    "fused folded": lambda model: optimize(model, fold=True),
+}
+
+
+class ModelOp(Op):
+    """A stage of the model.
+
+    No fp64 reference of a whole model fits, so that three checks stand in front of its figures: the fused ops that an
+    implementation stands on pass; a model of full width and two layers keeps the error budget; and the result agrees with
+    that of the SDPA model in the same precision.
+    """
+
+    @abstractmethod
+    def make_run(self, case: Case, inputs: Inputs) -> Run | Prepared:
+        """Return what to time, on the model as it is switched now."""
+
+    def reference(self, case: Case, inputs: Inputs, dtype: torch.dtype) -> Outputs:
+        """Return the result of the SDPA model, in the precision of the case whatever `dtype` is."""
+        prepared = _prepare(self, "sdpa", case, inputs)
+        try:
+            return {"out": prepared.run()}
+        finally:
+            prepared.close()
+
+    def expected(self, case: Case, inputs: Inputs) -> Any:
+        """Return the result of the SDPA model."""
+        return self.reference(case, inputs, case.torch_dtype)["out"]
+
+    def check(self, case: Case, inputs: Inputs, expected: Any, implementation: str, run: Run) -> dict[str, Errors]:
+        """Return the errors of the slice and the deviation from the SDPA model; see `Op.check`."""
+        device = inputs["model"].device
+        _check_ops(implementation, case.preset, case.dtype, device)
+        errors = {"two layers": _check_slice(implementation, case.preset, case.dtype, device)}
+        deviation = (run().float() - expected.float()).square().mean().sqrt().item()
+        size = expected.float().square().mean().sqrt().item()
+        allowed = DEVIATIONS[case.dtype]
+        assert deviation <= allowed * size, f"RMS deviation from sdpa is {deviation / size:.1e} of the RMS, above {allowed}"
+        errors["against sdpa"] = Errors(deviation / size, deviation / size, allowed, allowed)
+        return errors
+
+
+def _prepare(op: ModelOp, name: str, case: Case, inputs: Inputs) -> Prepared:
+    model = inputs["model"]
+    _ENTER[name](model)
+    run = op.make_run(case, inputs)
+    stages = run.stages if isinstance(run, Prepared) else {}
+    return Prepared(run.run if isinstance(run, Prepared) else run, stages, lambda: _reset(model))
+
+
+def register_model_implementations(op: type[ModelOp], graph: bool = True) -> None:
+    """Make every way to run the model an implementation of one of its stages.
+
+    Args:
+        op: the stage.
+        graph: whether it can be captured.
+    """
+
+    def prepare_in(name: str) -> Callable[[Case, Inputs], Prepared]:
+        def prepare_stage(case: Case, inputs: Inputs) -> Prepared:
+            stage = OPS[op.name]
+            assert isinstance(stage, ModelOp)
+            return _prepare(stage, name, case, inputs)
+
+        return prepare_stage
+
+    for name in _ENTER:
+        properties: dict[str, Any] = {"graph": graph, "ours": name in _OPS}
+        if name == "infimm_fast":
+            properties["requires"] = needs_cuda
+        if name == "sdpa compiled":
+            properties |= {"setup_seconds": 40.0, "main_only": True}
+        register_implementation(op.name, name, **properties)(prepare_in(name))
+
+
+@functools.cache
+def _check_ops(implementation: str, preset_name: str, dtype: str, device: torch.device) -> None:
+    """Raise AssertionError unless the ops below an implementation pass on their smallest case of the preset."""
+    plan = Plan(preset_name, dtype, device)
+    for op_name, one in _OPS.get(implementation, ()):
+        op, candidate = OPS[op_name], IMPLEMENTATIONS[op_name][one]
+        case = min((case for case in op.cases(plan) if not case.backward), key=lambda case: case.flops)
+        if candidate.obstacle(case, device) is None:
+            inputs = op.make_inputs(case, device, seed=0)
+            run = prepare(op, case, candidate, inputs).run
+            op.check(case, inputs, op.expected(case, inputs), one, run)
+
+
+def _slice_logits(model: InfiMMHDForConditionalGeneration) -> torch.Tensor:
+    """Run one tile and a few tokens through a model; logits ``[1, T, vocabulary]``."""
+    config, device = model.config, model.device
+    vision = config.vision_config
+    shape = (1, vision.num_channels, vision.image_size, vision.image_size)
+    pixels = random_tensor(*shape, dtype=torch.float32, device=device, seed=0).to(model.dtype)
+    ids = make_ids(config, 1, _SLICE_TOKENS, device)
+    return model(input_ids=ids, pixel_values=pixels, use_cache=False).logits
+
+
+@functools.cache
+def _slice_references(preset_name: str, dtype: str, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the slice's logits by the plain statement: in the model's precision, and in a wider one."""
+    model = _slice_model(preset_name, dtype, device)
+    model.set_implementation("reference")
+    plain = _slice_logits(model)
+    # fp64 fits, but the language model's norms and positions are fp32 in any case.
+    wide = torch.float64 if dtype == "fp32" else torch.float32
+    return plain, _slice_logits(copy.deepcopy(model).to(wide))
+
+
+@functools.lru_cache(maxsize=1)
+def _slice_model(preset_name: str, dtype: str, device: torch.device) -> InfiMMHDForConditionalGeneration:
+    config = preset(preset_name)
+    config.vision_config.num_hidden_layers = config.text_config.num_hidden_layers = _SLICE_LAYERS
+    config.cross_attention_every_n_layers, config.vision_feature_layer = 1, -1
+    return make_model(config, DTYPES[dtype], device)
+
+
+@functools.cache
+def _check_slice(implementation: str, preset_name: str, dtype: str, device: torch.device) -> Errors:
+    """Raise AssertionError unless an implementation keeps the error budget on a full-width model of two layers."""
+    plain, exact = _slice_references(preset_name, dtype, device)
+    model = _slice_model(preset_name, dtype, device)
+    _ENTER[implementation](model)
+    try:
+        return assert_error_budget("logits of two layers", _slice_logits(model), plain, exact)
+    finally:
+        _reset(model)
+
+
+def make_ids(config: InfiMMHDConfig, rows: int, tokens: int, device: torch.device) -> torch.Tensor:
+    """Return random text int64 ``[rows, tokens]`` with one picture at its start."""
+    generator = torch.Generator().manual_seed(1)
+    # Special tokens, ``<image>`` among them, stand at either end of the vocabularies.
+    ids = torch.randint(3, min(config.image_token_id, config.end_of_chunk_token_id), (rows, tokens), generator=generator)
+    ids[:, 0] = config.image_token_id
+    return ids.to(device)
+
+
+def make_context(model: InfiMMHDForConditionalGeneration, features: torch.Tensor, rows: int) -> VisualContext:
+    """Return one picture for each row out of visual tokens ``[rows * S_row, C]``, with K/V if the model keeps them."""
+    device = features.device
+    index = torch.arange(rows, device=device)
+    offsets = torch.arange(rows + 1, device=device) * (len(features) // rows)
+    return VisualContext(features, offsets, torch.stack((index, index + 1), dim=1), key_values_of(model, features))
+
+
+def key_values_of(model: InfiMMHDForConditionalGeneration, features: torch.Tensor) -> tuple | None:
+    """Return K/V of all gated blocks, or None where the implementation projects them in every step."""
+    if model.config.implementation == "reference":
+        return None
+    return project_visual_at_once([block.attn for block in model.gated_blocks], features)

@@ -1,0 +1,173 @@
+"""The commands: a run of the tiny preset from end to end, pictures, the page, and life without rich."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+from infimm_fast.benchmarks import SECTIONS, document
+from infimm_fast.benchmarks.registry import OPS, load_suites
+from infimm_fast.benchmarks.report import Report
+from infimm_fast.benchmarks.run import main, make_plan
+from infimm_fast.cli import app
+from infimm_fast.errors import ConfigurationError
+
+ROOT = Path(__file__).parents[2]
+QUICK = ["--preset", "tiny", "--device", "cpu", "--seconds", "0"]
+
+
+@pytest.mark.slow
+def test_the_tiny_preset_from_end_to_end(tmp_path):
+    peers = [part for name in ("naive", "sdpa", "sdpa dense mask") for part in ("--against", name)]
+    result = CliRunner().invoke(app, ["bench", "all", *QUICK, *peers, "--out", str(tmp_path), "--plot"])
+    assert result.exit_code == 0, result.output
+    (file,) = tmp_path.glob("*.json")
+    report = Report.load(file)
+    assert "scaled down" in report.title and report.title in result.output
+    assert {case.section for case in report.cases} == set(SECTIONS) - {"export"}
+    assert not report.failed and not report.left_out
+    timed = [row for case in report.cases for row in case.rows if row.median_ms is not None]
+    assert timed and all(row.p10_ms <= row.median_ms <= row.p90_ms and row.errors for row in timed)
+    (whole,) = [case for case in report.cases if case.op == "end_to_end" and case.importance == 0]
+    stages = {"jpeg", "tiling", "copy", "vision", "K/V", "prefill", "token"}
+    assert {row.implementation for row in whole.rows if set(row.stages) == stages} == {
+        "naive",
+        "sdpa",
+        "fused",
+        "fused folded",
+    }
+    for picture in ("bars", "roofline", "scaling", "stages"):
+        assert min(Image.open(tmp_path / f"{picture}.png").size) > 300
+
+
+def test_one_section_within_a_budget(tmp_path, capsys):
+    arguments = ["ops", *QUICK, "--ops", "gated_residual", "--against", "naive", "--out", str(tmp_path)]
+    assert main(arguments) == 0
+    (file,) = tmp_path.iterdir()
+    assert re.fullmatch(r"CPU-.+_torch-.+_triton-.+_.+_ops\.json", file.name)
+    assert len(json.loads(file.read_text())["cases"]) == 3
+    assert "infimm_fast composite" in capsys.readouterr().out
+    assert main([*arguments, "--budget", "0.001"]) == 0
+    report = Report.load(file)
+    assert not report.cases and len(report.left_out) == 3
+    assert "left out, no time in the budget: gated_residual, 128 tokens" in capsys.readouterr().out
+
+
+def test_a_wrong_implementation_makes_the_command_fail(tmp_path, capsys, monkeypatch):
+    load_suites()
+    op = OPS["gated_residual"]
+    reference = op.reference
+    wrong = lambda case, inputs, dtype: {name: value * 1.01 for name, value in reference(case, inputs, dtype).items()}  # noqa: E731
+    monkeypatch.setattr(op, "reference", wrong)
+    assert main(["ops", *QUICK, "--ops", "gated_residual", "--against", "naive", "--out", str(tmp_path)]) == 1
+    out = capsys.readouterr().out
+    assert "FAILED: gated_residual, 128 tokens: infimm_fast composite" in out
+    (file,) = tmp_path.glob("*.json")
+    assert all(row.median_ms is None for case in Report.load(file).cases for row in case.rows)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nonsense"], "section 'nonsense' is not known"),
+        (["ops", "--dtype", "int8"], "dtype 'int8' is not known"),
+        (["ops", "--preset", "nonsense"], "preset 'nonsense' is not known"),
+        (["ops", "--device", "tpu"], "device 'tpu'"),
+        (["ops", "--tiles", "0"], "numbers from 1 up"),
+        (["export"], "name their folders with --artifact"),
+    ],
+)
+def test_bad_arguments_are_one_line(arguments, message, capsys):
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert message in error and len(error.splitlines()) == 1
+
+
+def test_a_cpu_gets_the_tiny_preset(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    plan = make_plan()
+    assert (plan.preset, plan.dtype, plan.device.type, plan.tile_counts) == ("tiny", "fp32", "cpu", (1, 2, 5))
+    with pytest.raises(ConfigurationError, match="cannot be used here"):
+        make_plan(device="cuda")
+
+
+def test_the_module_runs_without_rich_and_typer(tmp_path):
+    arguments = ["ops", *QUICK, "--ops", "gated_residual", "--against", "naive", "--out", str(tmp_path)]
+    code = f"""
+import sys
+sys.modules |= dict.fromkeys(("rich", "typer", "matplotlib"))  # as if they were not installed
+from infimm_fast.benchmarks.run import main
+raise SystemExit(main({arguments!r}))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "implementation" in done.stdout and "written:" in done.stdout
+
+
+# Stands in for Python: writes down what it is asked for; the tests fail, and matplotlib is missing if so wished.
+FAKE_PYTHON = """#!/bin/sh
+echo "$@" >> "$CALLS"
+case "$*" in
+    *"-m pytest"*) echo "1 failed"; exit 1 ;;
+    *matplotlib*) exit "$NO_MATPLOTLIB" ;;
+esac
+"""
+
+
+@pytest.mark.parametrize(
+    ("asked", "no_matplotlib", "expected", "status"),
+    [
+        ([], "0", ["-m pytest -m gpu", "-u -m infimm_fast.benchmarks.run --budget 60 --out OUT --plot"], 1),
+        (["tests"], "0", ["-m pytest -m gpu"], 1),
+        (["ops", "e2e"], "1", ["-u -m infimm_fast.benchmarks.run ops e2e --budget 60 --out OUT"], 0),
+    ],
+)
+def test_the_gpu_script_goes_on_after_failed_tests_and_runs_sections_alone(tmp_path, asked, no_matplotlib, expected, status):
+    python, calls, out = tmp_path / "python", tmp_path / "calls", tmp_path / "out"
+    python.write_text(FAKE_PYTHON)
+    python.chmod(0o755)
+    environment = {**os.environ, "PYTHON": str(python), "CALLS": str(calls), "NO_MATPLOTLIB": no_matplotlib}
+    command = [str(ROOT / "benchmarks" / "bench_gpu.sh"), str(out), "60", *asked]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == status, done.stderr
+    lines = calls.read_text().replace(str(out), "OUT").splitlines()
+    assert lines[0] == "-m pip install --quiet --no-deps --no-build-isolation -e ."
+    assert [line for line in lines[1:] if not line.startswith("-c")] == expected
+    if "-m pytest -m gpu" in expected:
+        assert "exit status of the GPU tests: 1" in (out / "gpu_tests.txt").read_text()
+
+
+def test_the_gpu_script_needs_a_folder():
+    done = subprocess.run([ROOT / "benchmarks" / "bench_gpu.sh", "", "60"], capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and "no folder was given" in done.stderr
+
+
+def test_the_page_is_what_the_stored_runs_give():
+    reports = document.stored_reports(ROOT / document.RESULTS)
+    assert reports
+    page = (ROOT / document.PAGE).read_text()
+    assert page == document.render(reports), "run python -m infimm_fast.benchmarks.document"
+    pictures = re.findall(r"!\[[^\]]*\]\(([^)]+)\)", page)
+    assert len(pictures) >= 4
+    for target in [*pictures, *re.findall(r"[^!]\[[^\]]+\]\(([^)]+)\)", page)]:
+        assert (ROOT / "docs" / target).exists(), target
+    on_gpu = any(report.environment["kind"] == "cuda" for report in reports.values())
+    assert ("There are no figures of a GPU yet" in page) is not on_gpu
+
+
+def test_writing_the_page(tmp_path, capsys):
+    source = ROOT / document.RESULTS
+    (tmp_path / document.RESULTS).mkdir(parents=True)
+    (tmp_path / "docs").mkdir()
+    for file in source.glob("*.json"):
+        (tmp_path / document.RESULTS / file.name).write_bytes(file.read_bytes())
+    assert document.main(["--root", str(tmp_path)]) == 0
+    assert (tmp_path / document.PAGE).read_text() == (ROOT / document.PAGE).read_text()
+    drawn = {file.name for file in (tmp_path / document.IMAGES).iterdir()}
+    assert drawn == {file.name for file in (ROOT / document.IMAGES).iterdir()}

@@ -1,0 +1,288 @@
+"""The harness: the gate in front of every figure, the budget, refusals, and one registration for a new op."""
+
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from infimm_fast.benchmarks import registry
+from infimm_fast.benchmarks.ceilings import Ceilings
+from infimm_fast.benchmarks.harness import Budget, Progress, Settings, run_benchmarks, run_case
+from infimm_fast.benchmarks.inputs import random_tensor
+from infimm_fast.benchmarks.registry import (
+    IMPLEMENTATIONS,
+    OPS,
+    Case,
+    Implementation,
+    Op,
+    Plan,
+    Prepared,
+    load_suites,
+    register_implementation,
+    register_op,
+)
+from infimm_fast.benchmarks.report import Report
+from infimm_fast.benchmarks.suites.gated_cross_attention import once_for_case
+from infimm_fast.benchmarks.suites.subimage_attention import naive
+from infimm_fast.benchmarks.timing import Timer, input_sets
+from infimm_fast.errors import ConfigurationError
+
+CPU = torch.device("cpu")
+PLAN = Plan("tiny", "fp32", CPU)
+CEILINGS = Ceilings(matmul_tflops=1.0, copy_gb_s=100.0)
+README = Path(__file__).parents[2] / "benchmarks" / "README.md"
+
+
+@pytest.fixture(autouse=True)
+def own_registry(monkeypatch):
+    """What a test registers is forgotten after it."""
+    load_suites()
+    for name, ones in IMPLEMENTATIONS.items():
+        monkeypatch.setitem(IMPLEMENTATIONS, name, dict(ones))
+    before = set(OPS)
+    yield
+    for name in set(OPS) - before:
+        del OPS[name], IMPLEMENTATIONS[name]
+
+
+def attention_case(backward=False):
+    sizes = {"tiles": 3, "tokens": 33, "heads": 2, "head_dim": 24}
+    return Case("small", sizes, "fp32", flops=10**6, bytes=10**5, backward=backward)
+
+
+def measure(name, backward=False):
+    op, case = OPS["subimage_attention"], attention_case(backward)
+    result = run_case(op, case, [IMPLEMENTATIONS[op.name][name]], Timer(CPU, 0.0), CEILINGS)
+    (row,) = result.rows
+    return row
+
+
+@pytest.mark.parametrize("backward", (False, True))
+def test_a_wrong_implementation_gets_no_figure(backward):
+    good = measure("naive", backward)
+    assert good.median_ms > 0 and good.tflops > 0 and good.share > 0 and not good.remark and not good.failed
+    assert set(good.errors) == ({"out", "dq", "dk", "dv"} if backward else {"out"})
+
+    @register_implementation("subimage_attention", "wrong scale")
+    def wrong_scale(case, inputs):
+        return lambda: naive(inputs["q"] * 1.01, inputs["k"], inputs["v"])
+
+    wrong = measure("wrong scale", backward)
+    assert wrong.failed and "FAILED the check: out" in wrong.remark
+    assert wrong.median_ms is None and wrong.tflops is None and wrong.share is None
+
+
+def test_a_wrong_gradient_gets_no_figure():
+    class Wrong(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            return grad * 1.01
+
+    @register_implementation("subimage_attention", "wrong gradient")
+    def wrong_gradient(case, inputs):
+        return lambda: naive(inputs["q"], Wrong.apply(inputs["k"]), inputs["v"])
+
+    wrong = measure("wrong gradient", backward=True)
+    assert wrong.failed and wrong.median_ms is None and "FAILED the check: dk" in wrong.remark
+
+
+def test_a_wrong_last_tile_is_found():
+    """Only two tiles are compared with fp64: the first and the last."""
+
+    @register_implementation("subimage_attention", "wrong last tile")
+    def wrong_last_tile(case, inputs):
+        return lambda: torch.cat((naive(inputs["q"], inputs["k"], inputs["v"])[:-1], torch.zeros_like(inputs["q"][-1:])))
+
+    assert measure("wrong last tile").failed
+
+
+@pytest.mark.parametrize("ours", (False, True))
+def test_a_refusal_is_shown_and_only_our_own_is_a_failure(ours):
+    @register_implementation("subimage_attention", "refuses", ours=ours)
+    def refuses(case, inputs):
+        raise RuntimeError("no kernel\nfor this")
+
+    row = measure("refuses")
+    assert row.remark == "does not run: RuntimeError: no kernel" and row.failed is ours and row.median_ms is None
+
+
+def test_a_missing_peer_is_shown_as_not_installed():
+    @register_implementation("subimage_attention", "missing")
+    def missing(case, inputs):
+        import a_package_that_nobody_has  # noqa: F401
+
+    row = measure("missing")
+    assert row.remark == "not installed: No module named 'a_package_that_nobody_has'" and not row.failed
+
+
+def test_stages_are_timed_and_shared_objects_restored():
+    closed = []
+
+    @register_implementation("subimage_attention", "staged")
+    def staged(case, inputs):
+        run = lambda: naive(inputs["q"], inputs["k"], inputs["v"])  # noqa: E731
+        return Prepared(run, {"first": run, "second": run}, lambda: closed.append(True))
+
+    row = measure("staged")
+    assert set(row.stages) == {"first", "second"} and min(row.stages.values()) > 0
+    assert len(closed) == input_sets(1, CPU)
+
+
+class Clock:
+    """A clock that moves only when told to."""
+
+    def __init__(self):
+        self.seconds = 0.0
+
+    def __call__(self):
+        return self.seconds
+
+
+class Scripted(Op):
+    """An op whose runs take as long as a script says."""
+
+    name, section = "scripted", "ops"
+
+    def __init__(self):
+        self.clock = Clock()
+        self.importances = (0,)
+
+    def cases(self, plan):
+        return [
+            Case(f"case {i}", {"n": 8}, "fp32", 100, 100, importance, series=(("cases", "number", i),))
+            for i, importance in enumerate(self.importances)
+        ]
+
+    def make_inputs(self, case, device, seed):
+        return {"x": random_tensor(8, dtype=torch.float32, device=device, seed=seed)}
+
+    def reference(self, case, inputs, dtype):
+        return {"out": inputs["x"].to(dtype) * 2}
+
+
+def scripted(durations, importances=(0,)):
+    """Register an op whose runs take these seconds in turn; return it."""
+    register_op(Scripted)
+    op = OPS["scripted"]
+    op.importances = importances
+    calls = iter(range(10**9))
+
+    @register_implementation("scripted", "doubling")
+    def doubling(case, inputs):
+        def run():
+            op.clock.seconds += durations[next(calls) % len(durations)]
+            return inputs["x"] * 2
+
+        return run
+
+    return op
+
+
+def run_scripted(op, budget=None):
+    return run_benchmarks(Settings(("ops",), PLAN, 0.0, budget, ops=("scripted",)), Progress(), now=op.clock)
+
+
+def test_the_median_and_percentiles_come_from_the_clock():
+    report = run_scripted(scripted([0.001, 0.002, 0.003, 0.002, 0.002]))
+    (row,) = report.cases[0].rows
+    assert row.median_ms == pytest.approx(2.0) and row.samples >= 5
+    assert row.p10_ms == pytest.approx(1.0) and row.p90_ms == pytest.approx(3.0)
+    assert row.share == pytest.approx(Ceilings(**report.ceilings).least_ms(100, 100)[0] / 2.0)
+
+
+def test_a_budget_takes_important_cases_first_and_stops_before_one_that_does_not_fit():
+    op = scripted([0.5], importances=(2, 0, 1))
+    unlimited = run_scripted(op)
+    assert [case.case for case in unlimited.cases] == ["case 1", "case 2", "case 0"]
+    each = op.clock.seconds / 3
+    op.clock.seconds = 0.0
+    limited = run_scripted(op, budget=2.5 * each)
+    assert [case.case for case in limited.cases] == ["case 1", "case 2"]
+    assert limited.left_out == ["scripted, case 0"]
+    assert op.clock.seconds <= 2.5 * each
+
+
+def test_a_budget_learns_from_cases_that_took_longer_than_estimated():
+    clock = Clock()
+    budget = Budget(100.0, clock)
+    assert budget.fits("a", 10.0)
+    with budget.watch("a", 10.0):
+        clock.seconds += 50.0
+    assert not budget.fits("a", 10.5) and budget.fits("a", 9.5) and budget.fits("b", 50.0)
+
+
+def test_unknown_names_are_refused():
+    for settings, word in (
+        (Settings(("nonsense",), PLAN, 0.0), "section 'nonsense'"),
+        (Settings(("ops",), PLAN, 0.0, ops=("nonsense",)), "op 'nonsense'"),
+        (Settings(("ops",), PLAN, 0.0, against=("nonsense",)), "peer 'nonsense'"),
+    ):
+        with pytest.raises(ConfigurationError, match=word):
+            run_benchmarks(settings, Progress())
+
+
+def test_against_deselects_peers_only():
+    scripted([0.001])
+    register_implementation("scripted", "ours", ours=True)(lambda case, inputs: lambda: inputs["x"] * 2)
+    register_implementation("scripted", "other")(lambda case, inputs: lambda: inputs["x"] * 2)
+    report = run_benchmarks(Settings(("ops",), PLAN, 0.0, against=("other",), ops=("scripted",)), Progress())
+    assert [row.implementation for row in report.cases[0].rows] == ["ours", "other"]
+
+
+def test_minutes_of_compiling_are_for_main_cases_only():
+    slow = Implementation("slow", lambda case, inputs: lambda: None, setup_seconds=60, main_only=True)
+    case = attention_case()
+    assert "main cases only" in slow.obstacle(case, CPU) and slow.obstacle(replace(case, importance=0), CPU) is None
+
+
+def test_a_report_is_read_as_it_was_written(tmp_path):
+    report = run_scripted(scripted([0.001]))
+    report.save(tmp_path / "deep" / "report.json")
+    assert [file.name for file in (tmp_path / "deep").iterdir()] == ["report.json"]
+    assert Report.load(tmp_path / "deep" / "report.json") == report
+    (tmp_path / "other.json").write_text("{}")
+    with pytest.raises(ConfigurationError, match="has format None"):
+        Report.load(tmp_path / "other.json")
+    with pytest.raises(ConfigurationError, match="cannot be read"):
+        Report.load(tmp_path / "missing.json")
+
+
+def test_an_op_and_a_peer_are_one_registration_each_as_the_readme_says():
+    names = vars(registry) | {"random_tensor": random_tensor}
+    examples = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+    assert len(examples) == 2
+    for example in examples:
+        assert len([line for line in example.splitlines() if line.strip()]) <= 10
+        exec(example, names)
+    report = run_benchmarks(Settings(("ops",), PLAN, 0.0, ops=("doubling",)), Progress())
+    (case,) = report.cases
+    assert case.rows[0].implementation == "by addition" and case.rows[0].median_ms > 0 and not report.failed
+
+
+def test_a_card_too_small_for_a_case_is_said_and_the_run_goes_on(monkeypatch):
+    def too_large(case, device, seed):
+        raise torch.cuda.OutOfMemoryError("tried to allocate much")
+
+    monkeypatch.setattr(OPS["subimage_attention"], "make_inputs", too_large)
+    row = measure("naive")
+    assert row.remark == "does not run: out of memory for inputs and reference" and not row.failed
+
+
+def test_all_input_sets_of_a_case_share_masks():
+    made = []
+
+    def make(case, device):
+        made.append(case)
+        return naive
+
+    one, other = attention_case(), attention_case()
+    shared = once_for_case(make)
+    for case in (one, one, other, other, one):
+        shared(case, CPU)
+    assert [case is one for case in made] == [True, False, True]
