@@ -1,9 +1,9 @@
 """Compile every shipped kernel configuration for every GPU generation, without a GPU, and refuse what would run badly.
 
-The real launchers run on meta tensors with the strides a model produces; each launch is recorded instead of executed,
-and its arguments are specialised the way Triton would at run time (a pointer's or integer's divisibility by 16 comes
-from its value, never by decree). The compiled code is then read back: registers, shared memory, spills (local memory
-instructions), widths of global accesses, warp-group matrix instructions.
+The real launchers run on meta tensors with the strides a model produces; each launch is recorded instead of executed and
+compiled as Triton would at run time (`kernels/common/offline.py`). The compiled code is then read back: registers, shared
+memory, spills (local memory instructions), widths of global accesses, warp-group matrix instructions. Which launches, and
+what their code must hold, is written down for each op in `compile_gate_ops.py`.
 
 Run ``python -m infimm_fast.benchmarks.compile_gate --out benchmarks/results/compile_gate.json``.
 """
@@ -12,55 +12,32 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from infimm_fast.benchmarks.compile_gate_ops import DTYPES, OPS, Job
 from infimm_fast.kernels.common.configs import ARCHITECTURES
 from infimm_fast.kernels.common.launch import LaunchConfig
-from infimm_fast.kernels.subimage_attention.config import HEAD_DIMS, KERNELS, choose_config
+from infimm_fast.kernels.common.offline import Launch, compile_triton, recorded_launches, source_of
 
 # Shared memory that one block may use, bytes (CUDA programming guide, technical specifications per compute capability).
 SHARED_LIMIT = {80: 166912, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-KERNEL_NAMES = {"forward": "forward_kernel", "backward_kv": "key_value_kernel", "backward_q": "query_kernel"}
-# Tokens of each variant: a class token in front of full tiles; a tail; RoPE in the prologue; a window.
-VARIANTS = {"peeled": 1025, "masked": 729, "rope": 1025, "short": 49}
-# Local memory instructions that a row may hold. The forward never spills; a backward row that has to is listed here
-# with its count, so that a change for the worse is seen.
-SPILL_BUDGET: dict[tuple[str, str, int, int], int] = {("backward_kv", "bf16", 88, 120): 4}
-TILES, HEADS = 10, 16
-
-
-@dataclass(frozen=True)
-class Launch:
-    """One recorded kernel launch."""
-
-    kernel: Any
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Job:
-    """One configuration to compile."""
-
-    kernel: str
-    variant: str
-    head_dim: int
-    dtype: str
-    arch: int
+# Bytes of a memory instruction by its modifier; 4 without one.
+WIDTHS = {"128": 16, "64": 8, "U16": 2, "S16": 2, "U8": 1, "S8": 1}
+# Rows of the accumulator of a warp group's matrix instruction.
+WGMMA_ROWS = 64
 
 
 @dataclass(frozen=True)
@@ -84,64 +61,12 @@ class Verdict:
     failures: tuple[str, ...]
 
 
-@contextmanager
-def recorded_launches() -> Iterator[list[Launch]]:
-    """Collect Triton launches instead of running them."""
-    from triton.runtime.jit import JITFunction
-
-    launches: list[Launch] = []
-    original = JITFunction.run
-
-    def record(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
-        launches.append(Launch(self, args, kwargs))
-
-    JITFunction.run = record
-    try:
-        yield launches
-    finally:
-        JITFunction.run = original
-
-
-def specialise(value: Any, fixed: bool) -> tuple[str, Any, bool]:
-    """Return (type, constant, divisible by 16) that Triton derives from one run-time argument.
-
-    Args:
-        value: a tensor, a number or None.
-        fixed: the parameter is excluded from specialisation.
-    """
-    if isinstance(value, torch.Tensor):
-        name = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int32: "i32"}[value.dtype]
-        # PyTorch's allocations are aligned to more than 16 bytes, so the offset inside the storage decides.
-        return f"*{name}", None, value.storage_offset() * value.element_size() % 16 == 0
-    if isinstance(value, float):
-        return "fp32", None, False
-    if isinstance(value, int) and not isinstance(value, bool) and (fixed or value != 1):
-        return ("i32" if -(2**31) <= value < 2**31 else "i64"), None, value % 16 == 0 and not fixed
-    return "constexpr", value, False
-
-
-def compile_launch(launch: Launch, arch: int) -> Any:
-    """Compile one recorded launch for compute capability `arch` (90 for a Hopper)."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    options = {name: launch.kwargs[name] for name in ("num_warps", "num_stages", "maxnreg") if name in launch.kwargs}
-    parameters = launch.kernel.params
-    values = dict(zip((parameter.name for parameter in parameters), launch.args, strict=False)) | launch.kwargs
-    signature, constants, attributes = {}, {}, {}
-    for index, parameter in enumerate(parameters):
-        value = values[parameter.name]
-        kind, constant, divisible = (
-            ("constexpr", value, False) if parameter.is_constexpr else specialise(value, parameter.do_not_specialize)
-        )
-        signature[parameter.name] = kind
-        if kind == "constexpr":
-            constants[(index,)] = constant
-        if divisible:
-            attributes[(index,)] = [["tt.divisibility", 16]]
-    source = ASTSource(launch.kernel, signature, constants, attributes)
-    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+def record(job: Job, config: LaunchConfig) -> Launch:
+    """Run the op's launcher on meta tensors and return the launch of the job's kernel."""
+    op = OPS[job.op]
+    with recorded_launches() as launches:
+        op.launch(job, config)
+    return next(launch for launch in launches if launch.kernel.__name__ == op.kernels[job.kernel])
 
 
 def inspect_code(compiled: Any) -> Code:
@@ -157,7 +82,7 @@ def inspect_code(compiled: Any) -> Code:
     accesses: dict[int, int] = {}
     for modifiers in re.findall(r"\b(?:LDGSTS|LDG|STG)((?:\.\w+)*)", sass):
         parts = modifiers.split(".")
-        width = 16 if "128" in parts else 8 if "64" in parts else 2 if {"U16", "S16", "U8", "S8"} & set(parts) else 4
+        width = next((WIDTHS[part] for part in parts if part in WIDTHS), 4)
         accesses[width] = accesses.get(width, 0) + 1
     return Code(
         registers=max(int(count) for count in re.findall(r"REG:(\d+)", usage)),
@@ -168,88 +93,51 @@ def inspect_code(compiled: Any) -> Code:
     )
 
 
-def record(job: Job, config: LaunchConfig) -> Launch:
-    """Run the real launcher of one job on meta tensors: packed qkv, contiguous output and gradient."""
-    from infimm_fast.kernels.subimage_attention.backward import launch_backward
-    from infimm_fast.kernels.subimage_attention.forward import launch_forward
-
-    tokens, head_dim, dtype = VARIANTS[job.variant], job.head_dim, DTYPES[job.dtype]
-    packed = torch.empty((TILES, tokens, 3, HEADS, head_dim), dtype=dtype, device="meta")
-    table = torch.empty((tokens - 1, head_dim), device="meta") if job.variant == "rope" else None
-    q, k, v = packed.unbind(2)
-    common: dict[str, Any] = {
-        "scale": head_dim**-0.5,
-        "rope_cos": table,
-        "rope_sin": table,
-        "rope_prefix": 1 if table is not None else 0,
-        "rope_interleaved": True,
-        "lengths": None,
-        "packed": False,
-        "max_tokens": tokens,
-        "is_causal": False,
-    }
-    with recorded_launches() as launches:
-        if job.kernel == "forward":
-            launch_forward(q, k, v, **common, config=config)
-        else:
-            out = torch.empty((TILES, tokens, HEADS, head_dim), dtype=dtype, device="meta")
-            lse = torch.empty((TILES, HEADS, tokens), device="meta")
-            dq, dk, dv = torch.empty_like(packed).unbind(2)
-            launch_backward(out, q, k, v, out, lse, dq=dq, dk=dk, dv=dv, **common, config_kv=config, config_q=config)
-    return next(launch for launch in launches if launch.kernel.__name__ == KERNEL_NAMES[job.kernel])
-
-
-def config_of(job: Job) -> LaunchConfig:
-    """Return the shipped configuration of one job."""
-    dtype, tokens = DTYPES[job.dtype], VARIANTS[job.variant]
-    config = choose_config(job.kernel, job.head_dim, dtype, tokens, job.arch, rope=job.variant == "rope")
-    return config if job.variant in ("peeled", "rope") else replace(config, peel=False)
-
-
 def judge(job: Job, config: LaunchConfig, code: Code) -> tuple[str, ...]:
     """Return what is wrong with one row."""
+    op = OPS[job.op]
+    rules = op.rules(job, config)
     failures = []
-    budget = 0 if job.kernel == "forward" else SPILL_BUDGET.get((job.kernel, job.dtype, job.head_dim, job.arch), 0)
+    budget = op.spills.get((job.kernel, job.dtype, job.width, job.arch), 0)
     if code.spills > budget:
         failures.append(f"{code.spills} spill instructions, {budget} allowed")
     if code.shared > SHARED_LIMIT[job.arch]:
         failures.append(f"{code.shared} bytes of shared memory, {SHARED_LIMIT[job.arch]} available")
-    narrow = sum(count for width, count in code.accesses.items() if width < 16)
-    if not code.accesses.get(16):
+    wide = code.accesses.get(16, 0)
+    narrow = sum(code.accesses.values()) - wide
+    if rules.wide and not wide:
         failures.append("no 16-byte global access")
-    # The peeled token and RoPE's partners are read one element at a time; nothing else may be. Pieces of 16 channels
-    # can leave a thread 8 bytes, and a backward reads the log-sum-exp and delta by 4.
-    if job.variant in ("masked", "short") and job.dtype != "fp32":
-        if code.accesses.get(2):
-            failures.append(f"{code.accesses[2]} two-byte global accesses")
-        if job.kernel == "forward" and narrow > code.accesses.get(16, 0):
-            failures.append(f"{narrow} of the global accesses are narrower than 16 bytes")
-    if job.arch == 90 and job.dtype != "fp32" and not code.wgmma:
+    if rules.no_elements and code.accesses.get(2):
+        failures.append(f"{code.accesses[2]} two-byte global accesses")
+    if rules.mostly_wide and narrow > wide:
+        failures.append(f"{narrow} of the global accesses are narrower than 16 bytes")
+    if job.arch == 90 and job.dtype != "fp32" and rules.tensor_rows >= WGMMA_ROWS and not code.wgmma:
         failures.append("no wgmma")
     return tuple(failures)
 
 
 def run_job(job: Job) -> Verdict:
     """Compile one job and judge it."""
-    config = config_of(job)
-    code = inspect_code(compile_launch(record(job, config), job.arch))
+    config = OPS[job.op].config(job)
+    code = inspect_code(compile_triton(source_of(record(job, config)), job.arch))
     return Verdict(job, config, code, judge(job, config, code))
 
 
 def jobs_of(
-    archs: Sequence[int] = ARCHITECTURES, head_dims: Sequence[int] = HEAD_DIMS, dtypes: Sequence[str] = tuple(DTYPES)
+    ops: Sequence[str] = tuple(OPS),
+    archs: Sequence[int] = ARCHITECTURES,
+    dtypes: Sequence[str] = tuple(DTYPES),
+    widths: Sequence[int] | None = None,
 ) -> list[Job]:
-    """Return every shipped row: all variants in 16 bits; in fp32 the masked one, whose code contains the others'."""
-    rows = []
-    for arch in archs:
-        for dtype in dtypes:
-            for head_dim in head_dims:
-                for kernel in KERNELS:
-                    variants = ["masked"] if dtype == "fp32" else ["peeled", "masked"]
-                    if kernel == "forward" and dtype != "fp32":
-                        variants += ["rope", "short"]
-                    rows += [Job(kernel, variant, head_dim, dtype, arch) for variant in variants]
-    return rows
+    """Return the shipped rows of some ops, architectures and dtypes, of all widths or of some."""
+    return [
+        Job(op, kernel, variant, width, dtype, arch)
+        for op in ops
+        for arch in archs
+        for dtype in dtypes
+        for kernel, variant, width in OPS[op].rows(dtype)
+        if widths is None or width in widths
+    ]
 
 
 def describe(verdict: Verdict) -> str:
@@ -258,34 +146,40 @@ def describe(verdict: Verdict) -> str:
     tiles = f"{config.block_m}x{config.block_n} w{config.num_warps} s{config.num_stages}"
     widths = " ".join(f"{width}B:{count}" for width, count in sorted(code.accesses.items(), reverse=True))
     return (
-        f"sm_{job.arch:<4}{job.kernel:<12}{job.variant:<7}{job.dtype:<5}D={job.head_dim:<4}{tiles:<15}"
+        f"{job.op:<22}sm_{job.arch:<4}{job.kernel:<12}{job.variant:<8}{job.dtype:<5}D={job.width:<6}{tiles:<15}"
         f"{'+'.join(map(str, config.cover)):<9}reg {code.registers:<4}smem {code.shared / 1024:>5.1f}K  "
         f"spill {code.spills:<3} wgmma {code.wgmma:<3} {widths:<28} {'; '.join(verdict.failures) or 'ok'}"
     )
 
 
 def write_report(path: Path, verdicts: Sequence[Verdict]) -> None:
-    """Write all rows as JSON, with the versions that made them."""
+    """Write all rows as JSON, with the versions that made them; a report that is there is replaced as a whole."""
     import triton
 
     path.parent.mkdir(parents=True, exist_ok=True)
     versions = {"triton": triton.__version__, "torch": torch.__version__, "python": platform.python_version()}
     rows = [asdict(verdict) for verdict in verdicts]
-    path.write_text(json.dumps({"versions": versions, "rows": rows}, indent=1) + "\n")
+    beside = path.with_name(path.name + ".new")
+    beside.write_text(json.dumps({"versions": versions, "rows": rows}, indent=1) + "\n")
+    os.replace(beside, path)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the gate; the exit status is 1 if any row fails."""
     parser = argparse.ArgumentParser(description="Compile every shipped kernel configuration without a GPU.")
     parser.add_argument("--out", type=Path, help="JSON file for the rows")
+    parser.add_argument("--op", nargs="+", choices=tuple(OPS), default=tuple(OPS))
     parser.add_argument("--arch", type=int, nargs="+", choices=ARCHITECTURES, default=ARCHITECTURES)
-    parser.add_argument("--head-dim", type=int, nargs="+", choices=HEAD_DIMS, default=HEAD_DIMS)
     parser.add_argument("--dtype", nargs="+", choices=tuple(DTYPES), default=tuple(DTYPES))
+    parser.add_argument("--width", type=int, nargs="+", help="head dims, or channels of ops without heads; default: all")
     parser.add_argument("--processes", type=int, default=2)
     options = parser.parse_args(arguments)
+    jobs = jobs_of(options.op, options.arch, options.dtype, options.width)
+    if not jobs:
+        parser.error(f"no row has a width of {options.width}")
     verdicts = []
     with ProcessPoolExecutor(options.processes, mp_context=get_context("spawn")) as pool:
-        for verdict in pool.map(run_job, jobs_of(options.arch, options.head_dim, options.dtype)):
+        for verdict in pool.map(run_job, jobs):
             print(describe(verdict), flush=True)
             verdicts.append(verdict)
     failed = [verdict for verdict in verdicts if verdict.failures]

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from infimm_fast.benchmarks.cases import item_size
+from infimm_fast.benchmarks.cases import BACKWARD_FACTOR, item_size
 from infimm_fast.benchmarks.inputs import random_tensor, spread
 from infimm_fast.benchmarks.registry import (
     Case,
@@ -138,24 +138,34 @@ class GatedCrossAttention(Op):
 
     name = NAME
     section = "cross"
+    leaves = ("q", "kv")
 
     def cases(self, plan: Plan) -> list[Case]:
-        """Return prefill and decode cases at the preset's widths."""
+        """Return prefill and decode cases at the preset's widths, and the backward pass of one prefill."""
 
-        def make(name: str, sizes: dict[str, int], importance: int, series: tuple[Series, ...]) -> Case:
+        def make(
+            name: str, sizes: dict[str, int], importance: int, series: tuple[Series, ...] = (), backward: bool = False
+        ) -> Case:
             width = sizes["heads"] * sizes["head_dim"]
-            moved = 2 * sizes["rows"] * sizes["tokens"] * width + 2 * visual_tokens(sizes) * width
+            text, visual = sizes["rows"] * sizes["tokens"] * width, 2 * visual_tokens(sizes) * width
+            flops = attention_flops(1, visible_pairs(sizes), width)
+            # Forward: q, out, k, v. Backward besides: q, k, v again, the output and its gradient, and three gradients.
             return Case(
                 name=name,
                 sizes=sizes,
                 dtype=plan.dtype,
-                flops=attention_flops(1, visible_pairs(sizes), width),
-                bytes=moved * item_size(plan.dtype),
+                flops=flops + int(flops * BACKWARD_FACTOR) if backward else flops,
+                bytes=(6 * text + 3 * visual if backward else 2 * text + visual) * item_size(plan.dtype),
                 importance=importance,
+                backward=backward,
                 series=series,
             )
 
-        return make_attention_cases(plan, make)
+        tokens, tiles = (32, plan.tile_counts[-1]) if plan.tiny else (512, plan.tile_counts[-1])
+        images = min(tiles, 4)
+        sizes = attention_sizes(plan, 1, tokens, tiles, images, shared=False)
+        trained = make(f"prefill {tokens} tokens, {tiles} tiles, {images} pictures, with backward", sizes, 1, backward=True)
+        return [*make_attention_cases(plan, make), trained]
 
     def make_inputs(self, case: Case, device: torch.device, seed: int) -> Inputs:
         """Return q, k, v and the intervals."""
@@ -163,8 +173,12 @@ class GatedCrossAttention(Op):
         heads, head_dim = sizes["heads"], sizes["head_dim"]
         q = random_tensor(sizes["rows"], sizes["tokens"], heads, head_dim, dtype=dtype, device=device, seed=seed)
         shape = (visual_tokens(sizes), sizes["kv_blocks"], 2, heads, head_dim)
-        kv = random_tensor(*shape, dtype=dtype, device=device, seed=seed + 1)[:, 0]
-        return {"q": q, "k": kv[:, 0], "v": kv[:, 1], "kv_range": make_kv_range(case, device)}
+        kv = random_tensor(*shape, dtype=dtype, device=device, seed=seed + 1)[:, 0].requires_grad_(case.backward)
+        k, v = kv.unbind(1)
+        inputs = {"q": q.requires_grad_(case.backward), "kv": kv, "k": k, "v": v, "kv_range": make_kv_range(case, device)}
+        if case.backward:
+            inputs["gradients"] = (random_tensor(*q.shape, dtype=dtype, device=device, seed=seed + 2),)
+        return inputs
 
     def reference(self, case: Case, inputs: Inputs, dtype: torch.dtype) -> Outputs:
         """Return the plain statement's result for the checked text tokens, one row at a time."""
@@ -173,20 +187,32 @@ class GatedCrossAttention(Op):
         for row in rows:
             kv_range = inputs["kv_range"][row, tokens]  # [t, 2]
             start, end = int(kv_range[:, 0].min()), int(kv_range[:, 1].max())
-            q, k, v = inputs["q"][row, tokens][None], inputs["k"][start:end], inputs["v"][start:end]
+            q, kv = (x.detach().to(dtype) for x in (inputs["q"][row, tokens][None], inputs["kv"][start:end]))
+            q, kv = q.requires_grad_(case.backward), kv.requires_grad_(case.backward)
             scale = case.sizes["head_dim"] ** -0.5
-            out, _ = gated_cross_attention_reference(q.to(dtype), k.to(dtype), v.to(dtype), (kv_range - start)[None], scale)
+            out, _ = gated_cross_attention_reference(q, *kv.unbind(1), (kv_range - start)[None], scale)
             parts.append(out)
-        return {"out": torch.cat(parts)}
+        if not case.backward:
+            return {"out": torch.cat(parts)}
+        dq, dkv = torch.autograd.grad(out, (q, kv), inputs["gradients"][0].to(dtype))
+        return _name_results(out.detach(), dq, dkv)
 
     def checked(self, case: Case, outputs: tuple[torch.Tensor, ...]) -> Outputs:
-        """Return the output of the checked text tokens."""
+        """Return the output of the checked text tokens, and gradients if there are any."""
+        if case.backward:
+            return _name_results(*outputs)
         rows, tokens = checked_part(case)
         return {"out": outputs[0][rows][:, tokens]}
 
 
+def _name_results(out: torch.Tensor, dq: torch.Tensor, dkv: torch.Tensor) -> Outputs:
+    return {"out": out, "dq": dq, "dk": dkv[:, 0], "dv": dkv[:, 1]}
+
+
 def checked_part(case: Case) -> tuple[list[int], list[int]]:
-    """Return which rows, and which text tokens of each, are compared with the reference."""
+    """Return which rows, and which text tokens of each, are compared with the reference; all before a backward pass."""
+    if case.backward:
+        return list(range(case.sizes["rows"])), list(range(case.sizes["tokens"]))
     return spread(case.sizes["rows"], _CHECKED_ROWS), spread(case.sizes["tokens"], _CHECKED_TOKENS)
 
 

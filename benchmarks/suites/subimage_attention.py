@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from infimm_fast.benchmarks.cases import TOWERS, TowerShape, item_size, self_attention_flops, tower_shape
+from infimm_fast.benchmarks.cases import BACKWARD_FACTOR, TOWERS, TowerShape, item_size, self_attention_flops, tower_shape
 from infimm_fast.benchmarks.inputs import random_tensor, spread
 from infimm_fast.benchmarks.registry import (
     Case,
@@ -28,8 +28,6 @@ from infimm_fast.kernels.subimage_attention.reference import subimage_attention_
 NAME = "subimage_attention"
 # Tiles do not see each other, and the fp64 reference of all of them would not fit.
 _CHECKED_TILES = 2
-# The backward pass multiplies five matrices where the forward multiplies two.
-_BACKWARD_FACTOR = 2.5
 
 
 @register_op
@@ -107,7 +105,7 @@ def _make_case(
         name=name,
         sizes=vars(shape),
         dtype=plan.dtype,
-        flops=flops + int(flops * _BACKWARD_FACTOR) if backward else flops,
+        flops=flops + int(flops * BACKWARD_FACTOR) if backward else flops,
         bytes=(4 + 8) * tensor if backward else 4 * tensor,
         importance=importance,
         backward=backward,

@@ -88,7 +88,7 @@ def read_mask(mask: torch.Tensor) -> MaskIntervals:
     """Say what a mask tensor holds; all attention layers that get the same unchanged tensor share one answer.
 
     Args:
-        mask: like that of `intervals_of_mask`, where `can_read` allows it.
+        mask: like that of `intervals_of_mask`, where `infimm_fast.kernels.common.launch.can_read` allows it.
     """
     if mask.is_inference():
         return _analyse(mask)  # such tensors do not count their changes
@@ -97,17 +97,6 @@ def read_mask(mask: torch.Tensor) -> MaskIntervals:
         known = _analyse(mask)
         _known_masks[mask] = (mask._version, known)
     return known
-
-
-def can_read(tensor: torch.Tensor) -> bool:
-    """Return whether the values of a tensor may decide what runs next.
-
-    They may not while `torch.compile` or `torch.export` trace, nor under capture: a graph would replay today's decision on
-    tomorrow's values, even if today's is known already.
-    """
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or tensor.device.type == "meta":
-        return False
-    return not (tensor.device.type == "cuda" and torch.cuda.is_current_stream_capturing())
 
 
 @torch.no_grad()

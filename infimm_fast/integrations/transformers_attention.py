@@ -17,9 +17,9 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from infimm_fast.integrations.interval_masks import can_read, pack_intervals, read_mask
+from infimm_fast.integrations.interval_masks import pack_intervals, read_mask
 from infimm_fast.kernels import KernelArgumentError, gated_cross_attention, subimage_attention
-from infimm_fast.kernels.common.launch import resolve_backend, triton_obstacle
+from infimm_fast.kernels.common.launch import can_read, resolve_backend, triton_obstacle
 
 NAME = "infimm_fast"
 

@@ -6,12 +6,13 @@ import contextlib
 import functools
 import importlib.util
 import os
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 
-from infimm_fast.kernels.common.checks import BackendUnavailableError
+from infimm_fast.kernels.common.checks import BackendUnavailableError, KernelArgumentError
 
 INT32_MAX = 2**31 - 1
 TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -114,6 +115,31 @@ def resolve_backend(backend: str, tensor: torch.Tensor, otherwise: str = "sdpa")
     return backend
 
 
+def settle_backend(
+    backend: str, tensor: torch.Tensor, obstacle: str | None, otherwise: str = "sdpa", stacklevel: int = 3
+) -> str:
+    """Turn ``"auto"`` into a backend that takes the arguments; a backend asked for by name is never replaced.
+
+    Args:
+        backend: what was asked for.
+        tensor: one of the inputs.
+        obstacle: why the Triton kernels do not take these arguments, or None.
+        otherwise: the op's backend where Triton cannot run.
+        stacklevel: of the warning; 3 if the caller is the public function.
+
+    Raises:
+        KernelArgumentError: ``"triton"`` was asked for and there is an obstacle.
+        BackendUnavailableError: see `resolve_backend`.
+    """
+    chosen = resolve_backend(backend, tensor, otherwise)
+    if chosen != "triton" or obstacle is None:
+        return chosen
+    if backend == "triton":
+        raise KernelArgumentError(obstacle)
+    warnings.warn(f"backend='auto' falls back to {otherwise!r}: {obstacle}", stacklevel=stacklevel)
+    return otherwise
+
+
 _operators_kept = False
 
 
@@ -153,6 +179,17 @@ def triton_obstacle(q: torch.Tensor) -> str | None:
     if head_dim % 8 or not 0 < head_dim <= MAX_HEAD_DIM:
         return f"the kernel takes head dims that are multiples of 8 up to {MAX_HEAD_DIM}, not {head_dim}"
     return None
+
+
+def can_read(tensor: torch.Tensor) -> bool:
+    """Return whether the values of a tensor may decide what runs next.
+
+    They may not while `torch.compile` or `torch.export` trace, nor under capture: a graph would replay today's decision on
+    tomorrow's values, even if today's is known already.
+    """
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or tensor.device.type == "meta":
+        return False
+    return not (tensor.device.type == "cuda" and torch.cuda.is_current_stream_capturing())
 
 
 @functools.cache

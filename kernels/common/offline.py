@@ -24,6 +24,7 @@ TYPE_NAMES = {
     torch.bfloat16: "bf16",
     torch.float16: "fp16",
     torch.float32: "fp32",
+    torch.bool: "i1",
     torch.int32: "i32",
     torch.int64: "i64",
 }
@@ -232,7 +233,7 @@ def assemble(ptx: str, sm: int) -> bytes:
     with tempfile.TemporaryDirectory() as folder:
         source, target = Path(folder) / "kernel.ptx", Path(folder) / "kernel.cubin"
         source.write_text(ptx)
-        command = [_assembler(sm), f"-arch=sm_{sm}{suffix}", source, "-o", target]
+        command = [str(_assembler(sm)), f"-arch=sm_{sm}{suffix}", str(source), "-o", str(target)]
         result = subprocess.run(command, capture_output=True, text=True)
         if result.returncode:
             raise KernelArgumentError(f"ptxas refuses the PTX for sm_{sm}{suffix}: {result.stderr.strip()}")

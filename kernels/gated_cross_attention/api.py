@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-import warnings
 
 import torch
 
 from infimm_fast.kernels.common.checks import KernelArgumentError, check_choice, check_same_kind, check_shape
-from infimm_fast.kernels.common.launch import resolve_backend, triton_obstacle
+from infimm_fast.kernels.common.launch import calls_operator, can_read, settle_backend, triton_obstacle
 from infimm_fast.kernels.gated_cross_attention import ops
 from infimm_fast.kernels.gated_cross_attention.reference import gated_cross_attention_reference
 
@@ -65,17 +64,10 @@ def gated_cross_attention(
     """
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     _check(q, k, v, kv_range, scale, backend)
-    if validate and not _may_not_sync(q):
+    if validate and can_read(kv_range):
         _check_bounds(kv_range, k.shape[0])
-    chosen = resolve_backend(backend, q)
-    if chosen == "triton":
-        obstacle = triton_obstacle(q)
-        if obstacle is not None and backend == "triton":
-            raise KernelArgumentError(obstacle)
-        if obstacle is not None:
-            warnings.warn(f"backend='auto' falls back to SDPA: {obstacle}", stacklevel=2)
-            chosen = "sdpa"
-    if chosen == "triton":
+    chosen = settle_backend(backend, q, triton_obstacle(q))
+    if calls_operator(chosen):
         out, lse = torch.ops.infimm_fast.gated_cross_attention(q, k, v, kv_range, scale, chosen)
         return (out, lse) if return_lse else out
     if chosen == "reference":
@@ -103,11 +95,6 @@ def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, kv_range: torch.Te
         raise KernelArgumentError(f"q has {q.shape[2]} heads and k has {k.shape[1]}; the first must be a multiple")
     if not 0.0 < scale < math.inf:
         raise KernelArgumentError(f"scale={scale} is not accepted; it must be a positive number")
-
-
-def _may_not_sync(q: torch.Tensor) -> bool:
-    """Return whether values on the device cannot be read now."""
-    return torch.compiler.is_compiling() or (q.device.type == "cuda" and torch.cuda.is_current_stream_capturing())
 
 
 def _check_bounds(kv_range: torch.Tensor, num_keys: int) -> None:

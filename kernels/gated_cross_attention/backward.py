@@ -30,10 +30,12 @@ from infimm_fast.kernels.common.tiles import (
     LOG2_E,
     add_product,
     head_start,
+    load_rows,
     load_tile,
     row_offsets,
     scale_tile,
     scores_of,
+    store_rows,
     store_tile,
     zero_tile,
 )
@@ -41,11 +43,9 @@ from infimm_fast.kernels.gated_cross_attention.config import choose_config
 from infimm_fast.kernels.gated_cross_attention.tiles import (
     hull_of,
     load_intervals,
-    load_rows,
     query_offsets,
     row_index,
     sees,
-    store_rows,
 )
 
 # Tokens whose intervals the dk and dv kernel looks at in one step.

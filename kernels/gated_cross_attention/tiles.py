@@ -9,7 +9,16 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from infimm_fast.kernels.common.tiles import piece_start, piece_width
+from infimm_fast.kernels.common.tiles import (
+    LN_2,
+    LOG2_E,
+    add_product,
+    load_tile,
+    row_offsets,
+    scale_tile,
+    scores_of,
+    zero_tile,
+)
 
 
 @triton.jit
@@ -56,18 +65,76 @@ def sees(key, start, count):
 
 
 @triton.jit
-def load_rows(ptr, o_row, m_row, D: tl.constexpr, COVER: tl.constexpr):
-    """Load the rows at offsets `o_row` ``[rows, 1]``; those where `m_row` ``[rows]`` is false read as 0."""
-    tile = ()
-    for i in tl.static_range(len(COVER)):
-        o_d = piece_start(COVER, i) + tl.arange(0, piece_width(COVER, i))[None, :]
-        tile += (tl.load(ptr + o_row + o_d, mask=m_row[:, None] & (o_d < D), other=0.0),)
-    return tile
+def attend_block(
+    q,
+    acc,
+    m,
+    total,
+    k_ptr,
+    v_ptr,
+    o_key,
+    o_value,
+    start,
+    count,
+    first_key,
+    last_key,
+    scale_log2,
+    D: tl.constexpr,
+    COVER: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """One step of the online softmax over BLOCK_N keys; each row sees those of its own interval."""
+    k = load_tile(k_ptr, o_key, last_key - first_key, D, COVER, True)  # [BLOCK_N, D]
+    key = first_key + tl.arange(0, BLOCK_N)
+    visible = sees(key[None, :], start[:, None], count[:, None])
+    scores = tl.where(visible, scores_of(q, k, COVER), float("-inf"))  # [BLOCK_M, BLOCK_N]
+    m_new = tl.maximum(m, tl.max(scores, axis=1) * scale_log2)
+    # A row that has seen nothing yet: -inf minus -inf would be NaN.
+    m_finite = tl.where(m_new == float("-inf"), 0.0, m_new)
+    p = tl.exp2(scores * scale_log2 - m_finite[:, None])
+    alpha = tl.exp2(m - m_finite)
+    v = load_tile(v_ptr, o_value, last_key - first_key, D, COVER, True)
+    acc = add_product(scale_tile(acc, alpha[:, None], COVER), p, v, COVER)
+    return acc, m_new, total * alpha + tl.sum(p, axis=1)
 
 
 @triton.jit
-def store_rows(ptr, tile, o_row, m_row, D: tl.constexpr, COVER: tl.constexpr):
-    """Store the rows where `m_row` is true, in the dtype behind `ptr`."""
-    for i in tl.static_range(len(COVER)):
-        o_d = piece_start(COVER, i) + tl.arange(0, piece_width(COVER, i))[None, :]
-        tl.store(ptr + o_row + o_d, tile[i].to(ptr.dtype.element_ty), mask=m_row[:, None] & (o_d < D))
+def attend_keys(
+    q,
+    k_ptr,
+    v_ptr,
+    start,
+    count,
+    first_key,
+    last_key,
+    stride_kn,
+    stride_vn,
+    scale,
+    D: tl.constexpr,
+    COVER: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    ALIGN: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """Return the output ``[BLOCK_M, D]`` and log-sum-exp of queries over the keys ``[first_key, last_key)`` of one head.
+
+    k_ptr and v_ptr point at the head's key 0. Each query sees the keys of its own interval only; one that sees none has
+    output 0 and log-sum-exp -inf.
+    """
+    step_k = stride_kn.to(tl.int64) * ALIGN
+    step_v = stride_vn.to(tl.int64) * ALIGN
+    o_key = row_offsets(BLOCK_N, stride_kn, ALIGN, WIDE)  # [BLOCK_N, 1]
+    o_value = row_offsets(BLOCK_N, stride_vn, ALIGN, WIDE)
+    scale_log2 = scale * LOG2_E
+    m = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    acc = zero_tile(BLOCK_M, COVER)
+    for key in range(first_key, last_key, BLOCK_N):
+        acc, m, total = attend_block(
+            q, acc, m, total, k_ptr + key * step_k, v_ptr + key * step_v, o_key, o_value, start, count, key, last_key,
+            scale_log2, D, COVER, BLOCK_N,
+        )  # fmt: skip
+    # A row that has seen nothing has a maximum of -inf and an accumulator of 0.
+    total = tl.where(total > 0, total, 1.0)
+    return scale_tile(acc, (1.0 / total)[:, None], COVER), (m + tl.log2(total)) * LN_2

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 
 import torch
 
@@ -14,7 +13,7 @@ from infimm_fast.kernels.common.checks import (
     check_same_kind,
     check_shape,
 )
-from infimm_fast.kernels.common.launch import dtype_obstacle, resolve_backend
+from infimm_fast.kernels.common.launch import dtype_obstacle, settle_backend
 from infimm_fast.kernels.gated_residual import ops
 from infimm_fast.kernels.gated_residual.config import width_obstacle
 from infimm_fast.kernels.gated_residual.reference import gated_residual_reference
@@ -65,14 +64,7 @@ def gated_residual(
     """
     norm_eps = float(norm_eps)
     _check(x, y, gate, keep, norm_weight, norm_bias, norm_eps, backend)
-    chosen = resolve_backend(backend, x, otherwise="composite")
-    if chosen == "triton":
-        obstacle = dtype_obstacle(x) or width_obstacle(x.shape[-1])
-        if obstacle is not None and backend == "triton":
-            raise KernelArgumentError(obstacle)
-        if obstacle is not None:
-            warnings.warn(f"backend='auto' falls back to the composite: {obstacle}", stacklevel=2)
-            chosen = "composite"
+    chosen = settle_backend(backend, x, dtype_obstacle(x) or width_obstacle(x.shape[-1]), otherwise="composite")
     arguments = (x, y, gate, keep, norm_weight, norm_bias, norm_eps)
     if chosen == "triton":
         out, normed = torch.ops.infimm_fast.gated_residual(*arguments, chosen)

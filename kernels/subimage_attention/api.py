@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-import warnings
 
 import torch
 
 from infimm_fast.kernels.common.checks import KernelArgumentError, check_choice, check_same_kind, check_shape
-from infimm_fast.kernels.common.launch import resolve_backend, triton_obstacle
+from infimm_fast.kernels.common.launch import calls_operator, settle_backend, triton_obstacle
 from infimm_fast.kernels.subimage_attention import ops
 from infimm_fast.kernels.subimage_attention.reference import apply_rope, subimage_attention_reference
 
@@ -88,7 +87,7 @@ def subimage_attention(
     backend, options = _settle(
         q, scale, rope_cos, rope_sin, rope_prefix, rope_interleaved, seqlens, cu_seqlens, max_seqlen, is_causal, backend
     )
-    if backend == "triton":
+    if calls_operator(backend):
         out, lse = torch.ops.infimm_fast.subimage_attention(q, k, v, *options)
         return (out, lse) if return_lse else out
     return _composed(q, k, v, options, return_lse)
@@ -138,7 +137,7 @@ def subimage_attention_packed(
     backend, options = _settle(
         q, scale, rope_cos, rope_sin, rope_prefix, rope_interleaved, seqlens, cu_seqlens, max_seqlen, is_causal, backend
     )
-    if backend == "triton":
+    if calls_operator(backend):
         out, lse = torch.ops.infimm_fast.subimage_attention_packed(qkv, *options)
         return (out, lse) if return_lse else out
     return _composed(q, k, v, options, return_lse)
@@ -166,14 +165,7 @@ def _settle(
     _check_lengths(q, seqlens, cu_seqlens, max_seqlen)
     if cu_seqlens is None or max_seqlen is None:
         max_seqlen = q.shape[1]
-    chosen = resolve_backend(backend, q)
-    if chosen == "triton":
-        obstacle = triton_obstacle(q) or _rope_obstacle(rope_cos, rope_sin)
-        if obstacle is not None and backend == "triton":
-            raise KernelArgumentError(obstacle)
-        if obstacle is not None:
-            warnings.warn(f"backend='auto' falls back to SDPA: {obstacle}", stacklevel=3)
-            chosen = "sdpa"
+    chosen = settle_backend(backend, q, triton_obstacle(q) or _rope_obstacle(rope_cos, rope_sin), stacklevel=4)
     return chosen, (
         scale, rope_cos, rope_sin, rope_prefix, rope_interleaved, seqlens, cu_seqlens, max_seqlen, is_causal, chosen
     )  # fmt: skip

@@ -172,7 +172,8 @@ def forward_kernel(
     block, batch, head, first, length, stored = locate(
         tl.program_id(0), num_blocks, num_heads, num_tokens, lengths_ptr, PACKED
     )
-    lse_ptr += (batch.to(tl.int64) * num_heads + head) * num_tokens + first
+    if lse_ptr is not None:
+        lse_ptr += (batch.to(tl.int64) * num_heads + head) * num_tokens + first
     k_ptr = head_start(k_ptr, batch, head, first, stride_kb, stride_kn, stride_kh, ALIGN)
     v_ptr = head_start(v_ptr, batch, head, first, stride_vb, stride_vn, stride_vh, ALIGN)
     step_k = stride_kn.to(tl.int64) * ALIGN
@@ -202,8 +203,9 @@ def forward_kernel(
         )  # fmt: skip
         acc_first = scale_tile(acc_first, 1.0 / total_first, COVER)
         store_tile(out_ptr, acc_first, row_offsets(1, num_heads * D, 1, WIDE), stored, length, D, COVER)
-        lse_first = tl.where(length > 0, (m_first + tl.log2(total_first)) * LN_2, float("-inf"))
-        tl.store(lse_ptr, lse_first, mask=stored > 0)
+        if lse_ptr is not None:
+            lse_first = tl.where(length > 0, (m_first + tl.log2(total_first)) * LN_2, float("-inf"))
+            tl.store(lse_ptr, lse_first, mask=stored > 0)
     else:
         row = (block - PEEL) * BLOCK_M + PEEL
         query_index = row + tl.arange(0, BLOCK_M)
@@ -239,8 +241,9 @@ def forward_kernel(
         acc = scale_tile(acc, (1.0 / total)[:, None], COVER)
         out_ptr += row.to(tl.int64) * (num_heads * D)
         store_tile(out_ptr, acc, o_out, stored - row, length - row, D, COVER)
-        lse = tl.where(query_index < length, (m + tl.log2(total)) * LN_2, float("-inf"))
-        tl.store(lse_ptr + query_index, lse, mask=query_index < stored)
+        if lse_ptr is not None:
+            lse = tl.where(query_index < length, (m + tl.log2(total)) * LN_2, float("-inf"))
+            tl.store(lse_ptr + query_index, lse, mask=query_index < stored)
 
 
 def launch_forward(

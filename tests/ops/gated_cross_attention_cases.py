@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -14,11 +12,16 @@ import torch
 
 from infimm_fast.kernels.common.launch import LaunchConfig
 from infimm_fast.kernels.gated_cross_attention import api
-from infimm_fast.kernels.gated_cross_attention.config import choose_config
+from infimm_fast.kernels.gated_cross_attention.config import (
+    DECODE_TOKENS,
+    MIN_BLOCKS_PER_UNIT,
+    PLAN_ROWS,
+    choose_config,
+    choose_split,
+)
 from infimm_fast.kernels.gated_cross_attention.reference import gated_cross_attention_reference
-from infimm_fast.testing import Errors, assert_error_budget, load_file, outlier_normal, poisoned_memory
-
-KERNELS = Path(api.__file__).parent
+from infimm_fast.testing import Errors, assert_error_budget, outlier_normal, poisoned_memory
+from mutation import mutated
 
 
 def check_case(
@@ -85,7 +88,7 @@ def check_case(
     q_leaf, kv_leaf, stored_range = (x.to(device) for x in pack(spoiled, kv.clone(), kv_range))
     q_leaf.requires_grad_(gradients)
     kv_leaf.requires_grad_(gradients)
-    with poisoned_memory(), changed_config(config), mutated(mutation):
+    with poisoned_memory(), changed_config(config), mutated("gated_cross_attention", mutation):
         out, lse = api.gated_cross_attention(
             *unpack(q_leaf, kv_leaf, stored_range), scale=scale, return_lse=True, backend=backend
         )
@@ -137,6 +140,28 @@ def _ragged(rows: int, tokens: int, keys: int) -> torch.Tensor:
     return torch.stack((start, (first + lengths)[:, None].expand_as(start)), dim=-1)
 
 
+def _grouped(rows: int, tokens: int, keys: int) -> torch.Tensor:
+    """Rows with equal hulls, scattered; some share only a start or only an end with a shorter one before them."""
+    hulls = torch.tensor([[keys // 3, keys // 2], [0, keys // 2], [0, keys], [keys // 3, keys], [0, 0]])
+    row = torch.arange(rows)
+    token = torch.arange(tokens)
+    inwards = torch.stack((token, -token), dim=-1).flip(0) * 2  # [tokens, 2]; the last token sees most
+    return hulls[(row * 7 + row // 3) % len(hulls)][:, None] + inwards
+
+
+def _distinct(rows: int, tokens: int, keys: int) -> torch.Tensor:
+    """A picture of its own for each row, all of one size."""
+    bounds = torch.arange(rows + 1) * (keys // rows)
+    return torch.stack((bounds[:-1], bounds[1:]), dim=-1)[:, None].repeat(1, tokens, 1)
+
+
+def _alone(rows: int, tokens: int, keys: int) -> torch.Tensor:
+    """One row sees everything, the others nothing."""
+    result = torch.full((rows, tokens, 2), keys // 2)
+    result[rows // 2] = torch.tensor([0, keys])
+    return result
+
+
 def _constant(start: Callable[[int], int], end: Callable[[int], int]) -> Callable[[int, int, int], torch.Tensor]:
     return lambda rows, tokens, keys: torch.tensor([start(keys), end(keys)]).repeat(rows, tokens, 1)
 
@@ -147,6 +172,9 @@ RANGES: dict[str, Callable[[int, int, int], torch.Tensor]] = {
     "cut": _cut,
     "images": _images,
     "ragged": _ragged,
+    "grouped": _grouped,
+    "alone": _alone,
+    "distinct": _distinct,
     "empty": _constant(lambda keys: keys // 2, lambda keys: keys // 2),
     "full": _constant(lambda keys: 0, lambda keys: keys),
     "shared": _constant(lambda keys: keys // 4, lambda keys: keys // 2 + 1),
@@ -212,30 +240,6 @@ def changed_config(fields: dict[str, Any] | None) -> Iterator[None]:
         yield
 
 
-@contextlib.contextmanager
-def mutated(mutation: tuple[str, str, str] | None) -> Iterator[None]:
-    """Run the kernels with a piece of one file's source replaced."""
-    if mutation is None:
-        yield
-        return
-    from infimm_fast.kernels.gated_cross_attention import backward, forward
-
-    name, old, new = mutation
-    source = (KERNELS / f"{name}.py").read_text()
-    assert source.count(old) == 1, f"{name}.py holds {old!r} {source.count(old)} times; the mutation needs exactly one"
-    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
-        path = Path(folder) / f"{name}_{abs(hash(mutation))}.py"
-        path.write_text(source.replace(old, new))
-        mutant = load_file(path)
-        targets = {"forward": (forward,), "backward": (backward,), "tiles": (forward, backward)}[name]
-        for function in ("forward_kernel", "combine_kernel", "query_kernel", "key_value_kernel", "hull_of", "sees",
-                         "load_intervals", "query_offsets", "row_index"):  # fmt: skip
-            for target in targets:
-                if function in vars(mutant) and function in vars(target):
-                    stack.enter_context(mock.patch.object(target, function, getattr(mutant, function)))
-        yield
-
-
 def _inputs(
     tokens: int = 5, head_dim: int = 24, device: str = "cpu", dtype: torch.dtype = torch.float32, rows: int = 2
 ) -> list[Any]:
@@ -296,6 +300,21 @@ def check_deterministic(backend: str = "triton", device: str = "cpu") -> None:
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
 
+def check_decode_deterministic(backend: str = "triton", device: str = "cpu") -> None:
+    """Two runs agree to the bit; the intervals of other rows move a row within rounding."""
+    rows, keys = 5, 520
+    q = outlier_normal(rows, 1, 2, 64, dtype=torch.float32, device=device)
+    k, v = (outlier_normal(keys, 1, 64, dtype=torch.float32, device=device, seed=seed) for seed in (1, 2))
+    shared = RANGES["shared"](rows, 1, keys).to(device)
+    first, second = (api.gated_cross_attention(q, k, v, shared, return_lse=True, backend=backend) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    others = RANGES["random"](rows, 1, keys).to(device)
+    others[3] = shared[3]
+    changed = api.gated_cross_attention(q, k, v, others, return_lse=True, backend=backend)
+    for now, before in zip(changed, first, strict=True):
+        torch.testing.assert_close(now[3], before[3], rtol=1e-5, atol=1e-5)
+
+
 def check_nothing_to_see(backend: str = "triton", device: str = "cpu") -> None:
     """No keys, no tokens and no rows are ordinary inputs."""
     for rows, tokens, keys in ((2, 3, 0), (2, 0, 5), (0, 3, 5)):
@@ -318,3 +337,40 @@ def check_explicit_never_falls_back() -> None:
             assert match in str(error)
         else:
             raise AssertionError(f"accepted {head_dim} {dtype}")
+
+
+def check_plan(rows: int, tokens: int, group: int, ranges: str, keys: int = 3000) -> None:
+    """Every query has its keys in one tile; groups fill tiles; units fit the grid and are about equally long."""
+    from infimm_fast.kernels.gated_cross_attention import decode
+
+    config = choose_config("decode", 64, torch.float16, tokens * group, 90, batch=rows)
+    split = choose_split(rows, tokens, group, 12, keys, config)
+    assert split is not None
+    kv_range = RANGES[ranges](rows, tokens, keys)
+    plan = torch.empty(decode.FIELDS.value, PLAN_ROWS, dtype=torch.int32)
+    sizes = {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "TOKENS": DECODE_TOKENS, "ROWS": PLAN_ROWS}
+    decode.plan_kernel[(1,)](
+        kv_range, rows, tokens, keys, group, split.pool, split.splits, *kv_range.stride(), plan,
+        MIN_BLOCKS=MIN_BLOCKS_PER_UNIT, COMPARED=decode.COMPARED_ROWS, **sizes,
+    )  # fmt: skip
+    ends, order, first, size, low, high, splits = plan[:, :rows].tolist()
+    bounds = kv_range.clamp(0, keys).tolist()
+    hulls = []
+    for row in bounds:
+        seen = [(start, end) for start, end in row if start < end] or [(0, 0)]
+        hulls.append((min(start for start, _ in seen), max(end for _, end in seen)))
+    assert sorted(order) == list(range(rows)) and list(zip(low, high, strict=True)) == hulls
+    units, blocks_of, work = 0, {}, 0
+    for row, hull in enumerate(hulls):
+        members = [other for other in range(rows) if hulls[other] == hull]
+        assert order[first[row] : first[row] + size[row]] == members
+        blocks_of[row] = -(-(hull[1] - hull[0]) // config.block_n)
+        assert (splits[row] == 0) == (blocks_of[row] == 0) and splits[row] <= split.splits
+        if row == members[0]:
+            tiles = -(-len(members) * tokens * group // config.block_m)
+            units += tiles * splits[row]
+            work += tiles * blocks_of[row]
+        assert ends[row] == units
+    assert units <= split.units
+    share = max(MIN_BLOCKS_PER_UNIT, -(-work // split.pool))
+    assert all(splits[row] == min(split.splits, -(-blocks_of[row] // share)) for row in range(rows))

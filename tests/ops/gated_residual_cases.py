@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import tempfile
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -13,9 +11,9 @@ import torch
 
 from infimm_fast.kernels.gated_residual import api, config
 from infimm_fast.kernels.gated_residual.reference import gated_residual_reference
-from infimm_fast.testing import Errors, assert_error_budget, load_file, outlier_normal, poisoned_memory
+from infimm_fast.testing import Errors, assert_error_budget, outlier_normal, poisoned_memory
+from mutation import mutated
 
-KERNELS = Path(api.__file__).parent
 GRADIENTS = ("dx", "dy", "dgate", "dweight", "dbias")
 NORM_EPS = 1e-2  # large enough to be seen
 # By row of the batch; a name instead of the values, so that a case can be sent to another process.
@@ -89,7 +87,7 @@ def check_case(
     stored = [pack(t).to(device).requires_grad_(gradients) for t in (x, spoiled)]
     leaves = [t.to(device).requires_grad_(gradients) for t in vectors]
     names = ["out", *(["normed"] if norm else []), *(GRADIENTS[: 2 + len(leaves)] if gradients else [])]
-    with poisoned_memory(), limited_programs(max_programs), mutated(mutation):
+    with poisoned_memory(), limited_programs(max_programs), mutated("gated_residual", mutation):
         result = api.gated_residual(
             *(unpack(t) for t in stored),
             leaves[0],
@@ -131,29 +129,6 @@ def limited_programs(count: int | None) -> Iterator[None]:
     """Launch at most `count` programs."""
     limits = config.MAX_PROGRAMS if count is None else dict.fromkeys(config.MAX_PROGRAMS, count)
     with mock.patch.object(config, "MAX_PROGRAMS", limits):
-        yield
-
-
-@contextlib.contextmanager
-def mutated(mutation: tuple[str, str, str] | None) -> Iterator[None]:
-    """Run the kernels with a piece of one file's source replaced."""
-    if mutation is None:
-        yield
-        return
-    from infimm_fast.kernels.gated_residual import backward, forward
-
-    name, old, new = mutation
-    source = (KERNELS / f"{name}.py").read_text()
-    assert source.count(old) == 1, f"{name}.py holds {old!r} {source.count(old)} times; the mutation needs exactly one"
-    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
-        path = Path(folder) / f"{name}_{abs(hash(mutation))}.py"
-        path.write_text(source.replace(old, new))
-        mutant = load_file(path)
-        targets = {"forward": (forward,), "backward": (backward,), "tiles": (forward, backward)}[name]
-        for function, device_code in vars(mutant).items():
-            for target in targets:
-                if hasattr(device_code, "fn") and function in vars(target):
-                    stack.enter_context(mock.patch.object(target, function, device_code))
         yield
 
 

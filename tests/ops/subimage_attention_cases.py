@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -16,9 +14,8 @@ from infimm_fast.kernels.common.launch import LaunchConfig
 from infimm_fast.kernels.subimage_attention import api
 from infimm_fast.kernels.subimage_attention.config import choose_config
 from infimm_fast.kernels.subimage_attention.reference import apply_rope, subimage_attention_reference
-from infimm_fast.testing import Errors, assert_error_budget, load_file, outlier_normal, poisoned_memory
-
-KERNELS = Path(api.__file__).parent
+from infimm_fast.testing import Errors, assert_error_budget, outlier_normal, poisoned_memory
+from mutation import mutated
 
 
 def check_case(
@@ -97,7 +94,7 @@ def check_case(
         "return_lse": True,
         "backend": backend,
     }
-    with poisoned_memory(), changed_config(config), mutated(mutation):
+    with poisoned_memory(), changed_config(config), mutated("subimage_attention", mutation):
         if layout == "packed":
             out, lse = api.subimage_attention_packed(leaf, **options)
         else:
@@ -150,29 +147,6 @@ def changed_config(fields: dict[str, Any] | None) -> Iterator[None]:
         return replace(choose_config(*args, **kwargs), **fields)
 
     with mock.patch.object(forward, "choose_config", choose), mock.patch.object(backward, "choose_config", choose):
-        yield
-
-
-@contextlib.contextmanager
-def mutated(mutation: tuple[str, str, str] | None) -> Iterator[None]:
-    """Run the kernels of one file with a piece of its source replaced."""
-    if mutation is None:
-        yield
-        return
-    from infimm_fast.kernels.subimage_attention import backward, forward
-
-    name, old, new = mutation
-    source = (KERNELS / f"{name}.py").read_text()
-    assert source.count(old) == 1, f"{name}.py holds {old!r} {source.count(old)} times; the mutation needs exactly one"
-    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
-        path = Path(folder) / f"{name}_{abs(hash(mutation))}.py"
-        path.write_text(source.replace(old, new))
-        mutant = load_file(path)
-        if name == "forward":
-            stack.enter_context(mock.patch.object(forward, "launch_forward", mutant.launch_forward))
-        else:
-            for kernel in ("key_value_kernel", "query_kernel"):
-                stack.enter_context(mock.patch.object(backward, kernel, getattr(mutant, kernel)))
         yield
 
 

@@ -22,6 +22,12 @@ def test_error_budget(head_dim: int, tokens: int, keys: int, dtype: str) -> None
     CASES.check_case(head_dim, tokens, keys, dtype, rows=3, heads=4, device="cuda")
 
 
+@pytest.mark.parametrize("ranges", ["distinct", "shared", "grouped", "alone", "ragged"])
+@pytest.mark.parametrize("rows", [64, 300])
+def test_decode_of_large_batches(rows: int, ranges: str) -> None:
+    CASES.check_case(64, 1, 4100, "bfloat16", rows=rows, ranges=ranges, gradients=False, device="cuda")
+
+
 @pytest.mark.parametrize("ranges", list(CASES.RANGES))
 @pytest.mark.parametrize("tokens", [1, 5, 128, 515])
 def test_intervals(tokens: int, ranges: str) -> None:
@@ -57,7 +63,8 @@ def test_cuda_graph_follows_changed_ranges(tokens: int) -> None:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         out, lse = gated_cross_attention(*inputs, validate=True, return_lse=True)
-    for changed in (kv_range.flip(0), kv_range * 0, kv_range // 2, CASES.RANGES["full"](8, tokens, len(k)).cuda()):
+    ranges = [CASES.RANGES[name](8, tokens, len(k)).cuda() for name in ("distinct", "shared", "grouped", "alone", "full")]
+    for changed in (kv_range.flip(0), kv_range * 0, kv_range // 2, *ranges, ranges[0]):
         kv_range.copy_(changed)
         graph.replay()
         expected, expected_lse = gated_cross_attention(q, k, v, kv_range, return_lse=True)
@@ -97,6 +104,8 @@ def test_compiled_model_agrees() -> None:
     assert torch.equal(compiled(*inputs), gated_cross_attention(inputs[0] * 2, *inputs[1:]))
 
 
-@pytest.mark.parametrize("name", ["opcheck", "compile", "checkpoint", "deterministic", "nothing_to_see"])
+@pytest.mark.parametrize(
+    "name", ["opcheck", "compile", "checkpoint", "deterministic", "decode_deterministic", "nothing_to_see"]
+)
 def test_operator(name: str) -> None:
     getattr(CASES, f"check_{name}")(backend="triton", device="cuda")

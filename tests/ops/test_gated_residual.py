@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from infimm_fast.kernels import BackendUnavailableError, KernelArgumentError, gated_residual
-from infimm_fast.kernels.gated_residual import api
+from infimm_fast.kernels.common import launch
 from infimm_fast.kernels.gated_residual.reference import gated_residual_reference
 from infimm_fast.testing import load_file
 
@@ -170,8 +170,8 @@ def test_explicit_triton_on_a_cpu_is_refused(monkeypatch):
 @pytest.mark.parametrize(("channels", "dtype", "reason"), ((8200, torch.float32, "8192"), (8, torch.float64, "float64")))
 def test_auto_falls_back_aloud(channels, dtype, reason):
     x = torch.ones(1, 2, channels, dtype=dtype)
-    with mock.patch.object(api, "resolve_backend", lambda backend, tensor, otherwise: "triton"):
-        with pytest.warns(UserWarning, match=f"falls back to the composite: .*{reason}"):
+    with mock.patch.object(launch, "resolve_backend", lambda backend, tensor, otherwise: "triton"):
+        with pytest.warns(UserWarning, match=f"falls back to 'composite': .*{reason}"):
             gated_residual(x, x, x[0, 0])
         with pytest.raises(KernelArgumentError, match=reason):
             gated_residual(x, x, x[0, 0], backend="triton")
