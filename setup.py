@@ -27,5 +27,10 @@ PACKAGES = _map_folders()
 setup(
     packages=list(PACKAGES),
     package_dir=PACKAGES,
-    package_data={"infimm_fast": ["py.typed"], "infimm_fast.export.to_onnx": ["*.json"]},
+    package_data={
+        "infimm_fast": ["py.typed"],
+        "infimm_fast.export.to_onnx": ["*.json"],
+        "infimm_fast.export.to_tensorrt": ["*.json"],
+        "infimm_fast.export.to_kernels": ["*.cpp"],
+    },
 )

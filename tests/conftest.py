@@ -6,6 +6,8 @@ import os
 # The models are tiny: more threads only wait for each other, for minutes if another job uses the cores. Set before torch
 # is imported, and inherited by the processes that tests start.
 os.environ.setdefault("OMP_NUM_THREADS", "1" if "PYTEST_XDIST_WORKER" in os.environ else "2")
+# Workers of pytest-xdist fix the terminal's width; tests of the command line choose it themselves.
+os.environ.pop("COLUMNS", None)
 
 import pytest
 import torch

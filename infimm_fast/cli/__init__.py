@@ -11,6 +11,9 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from infimm_fast.cli.bench import bench_app
+from infimm_fast.cli.export_targets import register_commands
+
 app = typer.Typer(
     help="Fused kernels, exporters and benchmarks for high-resolution multimodal LLMs, around a model of InfiMM-HD.",
     no_args_is_help=True,
@@ -19,12 +22,16 @@ app = typer.Typer(
 )
 console = Console()
 error_console = Console(stderr=True)
+app.add_typer(bench_app, name="bench")
+export_app = typer.Typer(help="Write a model for another runtime.", no_args_is_help=True)
+app.add_typer(export_app, name="export")
 
 
 @contextmanager
 def one_line_errors() -> Iterator[None]:
     """Print errors in the user's input as one line and leave with exit code 1; bugs keep their traceback."""
     from infimm_fast import errors
+    from infimm_fast.export.common.errors import ExportError
 
     expected: tuple[type[Exception], ...] = (
         errors.CheckpointError,
@@ -32,6 +39,7 @@ def one_line_errors() -> Iterator[None]:
         errors.ImageCountError,
         errors.ImageInputError,
         errors.PromptError,
+        ExportError,
         OSError,
     )
     try:
@@ -54,12 +62,13 @@ def demo_command(
     dtype: Annotated[str, typer.Option(help="auto (bfloat16 on CUDA, float32 on CPU), float32, float16, bfloat16")] = "auto",
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Length of the answer.")] = 24,
     repeats: Annotated[int, typer.Option(min=1, help="Timed runs of each stage; the median is shown.")] = 5,
+    export: Annotated[bool, typer.Option("--export", help="Also through ONNX Runtime; needs infimm-fast[onnx].")] = False,
 ) -> None:
     """Cut a picture, encode it, answer a question, and compare the implementations: same results, how fast."""
     from infimm_fast.cli.demo import run_demo
 
     with one_line_errors():
-        passed = run_demo(console, image, prompt, checkpoint, preset, output, device, dtype, max_new_tokens, repeats)
+        passed = run_demo(console, image, prompt, checkpoint, preset, output, device, dtype, max_new_tokens, repeats, export)
     if not passed:
         raise typer.Exit(1)
 
@@ -78,6 +87,79 @@ def convert_command(
 
     with one_line_errors():
         run_convert(console, source, destination, preset, config, tokenizer, max_shard_gb)
+
+
+@app.command("inspect")
+def inspect_command(
+    model: Annotated[str, typer.Argument(help="Folder of a model, or the name of a preset (whose weights are not made).")],
+    image: Annotated[
+        list[str] | None,
+        typer.Option(help="Picture size as WIDTHxHEIGHT, 1920x1080 by default; repeatable."),
+    ] = None,
+    plot: Annotated[Path | None, typer.Option(help="File for a picture of the gates (needs matplotlib).")] = None,
+) -> None:
+    """Show a model's parts, how open its gates are, and what a picture costs."""
+    from infimm_fast.cli.inspect import run_inspect
+
+    with one_line_errors():
+        run_inspect(console, model, image or ["1920x1080"], plot)
+
+
+@export_app.command("onnx")
+def export_onnx_command(
+    model: Annotated[str, typer.Argument(help="Folder of a model, or the name of a preset for random weights.")],
+    out: Annotated[Path, typer.Argument(help="Folder to make.")],
+    dtype: Annotated[str | None, typer.Option(help="float32, float16, bfloat16; the model's own without it.")] = None,
+    opset: Annotated[int, typer.Option(help="Of the files: 23 or 24.")] = 23,
+    graph: Annotated[list[str] | None, typer.Option(help="vision, cross_kv, decoder; all of them without it.")] = None,
+    plain: Annotated[bool, typer.Option("--plain", help="Standard operators only, no infimm:: nodes.")] = False,
+    fold: Annotated[bool, typer.Option("--fold", help="Fold gates and norms of the gated blocks first.")] = False,
+    share_weights: Annotated[
+        bool, typer.Option("--share-weights", help="Point at the .safetensors of MODEL, which must be OUT.")
+    ] = False,
+    verify: Annotated[bool, typer.Option(help="Run the graphs and compare with PyTorch.")] = True,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an artifact in OUT.")] = False,
+) -> None:
+    """Write ONNX graphs, verify them, and make a folder that `infimm-fast run` takes."""
+    with one_line_errors():
+        from infimm_fast.cli.export import run_export_onnx
+        from infimm_fast.export.common.spec import GRAPHS
+
+        run_export_onnx(
+            console, model, out, dtype, opset, graph or list(GRAPHS), plain, fold, share_weights, verify, overwrite
+        )
+
+
+@export_app.command("verify")
+def export_verify_command(folder: Annotated[Path, typer.Argument(help="An artifact.")]) -> None:
+    """See that no file of an artifact was changed, by its hash."""
+    with one_line_errors():
+        from infimm_fast.cli.export import run_verify
+
+        run_verify(console, folder)
+
+
+register_commands(export_app, console, one_line_errors)
+
+
+@app.command("run")
+def run_command(
+    folder: Annotated[Path, typer.Argument(help="An artifact, made by `infimm-fast export`.")],
+    image: Annotated[str, typer.Argument(help="The picture to ask about; an empty string for none.")],
+    prompt: Annotated[str, typer.Argument(help="The question.")],
+    provider: Annotated[
+        str, typer.Option(help="cpu, cuda, tensorrt, tensorrt-rtx, aoti; see infimm_fast.export.load.")
+    ] = "cpu",
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Length of the answer.")] = 64,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 for greedy decoding.")] = 0.0,
+    seed: Annotated[int | None, typer.Option(help="Of the sampling.")] = None,
+    verify: Annotated[bool, typer.Option("--verify", help="Hash every file first.")] = False,
+) -> None:
+    """Ask an exported model about a picture."""
+    with one_line_errors():
+        from infimm_fast.cli.run import run_artifact
+
+        run_artifact(console, folder, image, prompt, provider, max_new_tokens, temperature, seed, verify)
 
 
 @app.command("doctor")

@@ -17,7 +17,6 @@ from transformers import BatchFeature
 from infimm_fast.cli.doctor import FUSED, implementations
 from infimm_fast.cli.tiles import draw_tiles
 from infimm_fast.errors import CheckpointError, ConfigurationError
-from infimm_fast.image_processing_infimm_hd import InfiMMHDImageProcessor
 from infimm_fast.images import load_image
 from infimm_fast.modeling_infimm_hd import InfiMMHDForConditionalGeneration
 from infimm_fast.optimization import optimize
@@ -58,6 +57,7 @@ def run_demo(
     dtype_name: str,
     max_new_tokens: int,
     repeats: int,
+    export: bool = False,
 ) -> bool:
     """Run the demo; return whether all implementations gave the same results."""
     device = _choose_device(device_name)
@@ -84,6 +84,10 @@ def run_demo(
             model.set_implementation(name)
         with console.status(f"running {name} ..."):
             results[name] = _run_stages(model, inputs, max_new_tokens, repeats)
+    if export:
+        from infimm_fast.cli.demo_export import run_exported
+
+        results["onnxruntime"] = run_exported(console, model, processor, inputs, output / "onnx", max_new_tokens, repeats)
     tiling = _median_seconds(lambda: processor.image_processor(picture), repeats, device)
     for result in results.values():
         result.seconds["tiling"] = tiling
@@ -127,7 +131,7 @@ def _load(
         model = InfiMMHDForConditionalGeneration.from_pretrained(checkpoint, dtype=dtype)
         return model.to(device).eval(), InfiMMHDProcessor.from_pretrained(checkpoint)
     config = make_preset(preset)
-    processor = InfiMMHDProcessor(InfiMMHDImageProcessor.from_config(config), byte_tokenizer())
+    processor = InfiMMHDProcessor.from_config(config, byte_tokenizer())
     for name, token_id in processor.token_ids().items():
         setattr(config, name, token_id)
     console.print(
@@ -245,4 +249,4 @@ def _print_latency(console: Console, results: dict[str, StageResults], title: st
 
 def _describe(inputs: BatchFeature, model: InfiMMHDForConditionalGeneration) -> str:
     tiles, length = len(inputs["pixel_values"]), inputs["input_ids"].shape[1]
-    return f"{tiles} tiles = {tiles * model.config.vision_config.tokens_per_tile} visual tokens, {length} text tokens"
+    return f"{tiles} tiles = {tiles * model.config.visual_tokens_per_tile} visual tokens, {length} text tokens"

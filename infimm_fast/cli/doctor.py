@@ -89,6 +89,6 @@ def run_doctor(console: Console) -> None:
     for name, runs, remark in implementations():
         backends.add_row(name, "[green]yes[/]" if runs else "[yellow]no[/]", escape(remark))
     console.print(backends)
-    console.print("Export targets: this version has none yet.")
+    console.print("Export targets: `infimm-fast export --help` lists them; each says what it lacks.", markup=False)
     for sentence in conflicts():
         console.print(f"[bold red]conflict:[/] {sentence}", highlight=False)

@@ -110,7 +110,7 @@ def test_intervals_of_interleaved_pictures():
 
 def test_the_required_cases_are_there():
     names = {case.name for case in OPS["gated_block"].cases(PLAN)}
-    assert names == {case.name for case in OPS["gated_cross_attention"].cases(PLAN)}
+    assert names == {case.name for case in OPS["gated_cross_attention"].cases(PLAN) if not case.backward}
     for tokens in (128, 512, 2048):
         assert f"prefill {tokens} tokens, 1 tile, one picture" in names
         for tiles in (4, 10, 40):
