@@ -88,7 +88,7 @@ def run_demo(
         from infimm_fast.cli.demo_export import run_exported
 
         results["onnxruntime"] = run_exported(console, model, processor, inputs, output / "onnx", max_new_tokens, repeats)
-    tiling = _median_seconds(lambda: processor.image_processor(picture), repeats, device)
+    tiling = median_seconds(lambda: processor.image_processor(picture), repeats, device)
     for result in results.values():
         result.seconds["tiling"] = tiling
     for name, runs, remark in implementations(device):
@@ -161,7 +161,7 @@ def _run_stages(
 
     def timed(stage: str, run: Callable[[], Any]) -> Any:
         value = run()
-        results.seconds[stage] = _median_seconds(run, repeats, device)
+        results.seconds[stage] = median_seconds(run, repeats, device)
         return value
 
     features, _ = timed("vision", lambda: model.get_image_features(**pixels))
@@ -200,7 +200,7 @@ def _now(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def _median_seconds(run: Callable[[], Any], repeats: int, device: torch.device) -> float:
+def median_seconds(run: Callable[[], Any], repeats: int, device: torch.device) -> float:
     seconds = []
     for _ in range(repeats):
         started = _now(device)
