@@ -61,7 +61,7 @@ $(INSTALLED): pyproject.toml setup.py constraints.txt $(LAYOUT)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip "setuptools>=77" wheel
 	$(BIN)/pip install --quiet "$$(grep '^torch==' constraints.txt)"
-	$(BIN)/pip install --quiet --no-build-isolation -c constraints.txt -e ".[dev,gpu,bench,onnx]"
+	$(BIN)/pip install --quiet --no-build-isolation -c constraints.txt -e ".[dev,gpu,bench,onnx,tensorrt-rtx]"
 	@touch $@
 
 FORCE:

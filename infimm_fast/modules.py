@@ -37,6 +37,13 @@ class FoldedWeights(nn.Module):
         block: the block whose weights to fold.
     """
 
+    q_weight: torch.Tensor
+    q_bias: torch.Tensor
+    o_weight: torch.Tensor
+    up_weight: torch.Tensor
+    up_bias: torch.Tensor
+    down_weight: torch.Tensor
+
     def __init__(self, block: GatedCrossAttentionBlock):
         super().__init__()
         attn, ff = block.attn, block.ff
@@ -146,8 +153,9 @@ class FusedGatedCrossAttentionBlock(GatedCrossAttentionBlock):
             norm_eps=norm.eps,
             backend=backend,
         )
-        out = self.ff.transform(normed)
-        return gated_residual(x, out, self.ff_gate, has_image, backend=backend)
+        out = gated_residual(x, self.ff.transform(normed), self.ff_gate, has_image, backend=backend)
+        assert isinstance(out, torch.Tensor)  # no LayerNorm was asked for
+        return out
 
     @torch.no_grad()
     def fold(self, *, offload: bool = False, within: nn.Module | None = None) -> FusedGatedCrossAttentionBlock:

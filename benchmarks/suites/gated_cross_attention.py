@@ -175,7 +175,13 @@ class GatedCrossAttention(Op):
         shape = (visual_tokens(sizes), sizes["kv_blocks"], 2, heads, head_dim)
         kv = random_tensor(*shape, dtype=dtype, device=device, seed=seed + 1)[:, 0].requires_grad_(case.backward)
         k, v = kv.unbind(1)
-        inputs = {"q": q.requires_grad_(case.backward), "kv": kv, "k": k, "v": v, "kv_range": make_kv_range(case, device)}
+        inputs: Inputs = {
+            "q": q.requires_grad_(case.backward),
+            "kv": kv,
+            "k": k,
+            "v": v,
+            "kv_range": make_kv_range(case, device),
+        }
         if case.backward:
             inputs["gradients"] = (random_tensor(*q.shape, dtype=dtype, device=device, seed=seed + 2),)
         return inputs
@@ -190,7 +196,7 @@ class GatedCrossAttention(Op):
             q, kv = (x.detach().to(dtype) for x in (inputs["q"][row, tokens][None], inputs["kv"][start:end]))
             q, kv = q.requires_grad_(case.backward), kv.requires_grad_(case.backward)
             scale = case.sizes["head_dim"] ** -0.5
-            out, _ = gated_cross_attention_reference(q, *kv.unbind(1), (kv_range - start)[None], scale)
+            out, _ = gated_cross_attention_reference(q, kv[:, 0], kv[:, 1], (kv_range - start)[None], scale)
             parts.append(out)
         if not case.backward:
             return {"out": torch.cat(parts)}

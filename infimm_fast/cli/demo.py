@@ -201,6 +201,7 @@ def _now(device: torch.device) -> float:
 
 
 def median_seconds(run: Callable[[], Any], repeats: int, device: torch.device) -> float:
+    """Return the median time of some runs, the device's work included."""
     seconds = []
     for _ in range(repeats):
         started = _now(device)
