@@ -1,8 +1,8 @@
 """What was really run on one machine: every target in every precision, measured, stored, and drawn as a table.
 
 ``python -m infimm_fast.export.to_tensorrt.matrix --measure docs/export_results.json`` takes some minutes;
-``--render docs/export_results.json docs/tensorrt.md`` replaces the table between the two markers of a document; ``README.md``
-has them too.
+``--render docs/export_results.json docs/tensorrt.md`` replaces the table between the markers of a document, and does so
+for ``README.md``, which has them too.
 """
 
 from __future__ import annotations
