@@ -203,7 +203,7 @@ def _prepare(
             raise ExportError(f"activations name no input of a linear layer of the {name} graph")
         used = "fp8"
     check_graph(name, model, ops)
-    tokens = InfiMMHDConfig.from_dict(manifest.config).vision_config.tokens_per_tile
+    tokens = InfiMMHDConfig.from_dict(manifest.config).visual_tokens_per_tile
     return Prepared(name, model, file, profiles_of(manifest.graphs[name], limits, tokens, manifest.limits), used)
 
 

@@ -14,16 +14,14 @@ from infimm_fast.configuration_infimm_hd import InfiMMHDConfig, InfiMMHDVisionCo
 from infimm_fast.modeling_infimm_hd import InfiMMHDForConditionalGeneration
 from infimm_fast.presets import preset
 
-SHAPES = ("tiny", "wide")
-
 
 def make_model(shape: str, dtype: torch.dtype) -> InfiMMHDForConditionalGeneration:
-    """Return the tiny model cut short, or one with the real widths and two layers of everything.
+    """Return the tiny model cut short, one with the real widths and two layers of everything, or one with a resampler.
 
     The wide one has the tower (1792 wide, heads of 112, 1025 tokens), gated blocks and self-attention (5120 wide) of
     InfiMM-HD, and a smaller vocabulary and feed-forward, which hold no attention.
     """
-    config = preset("tiny")
+    config = preset("tiny-zephyr" if shape == "resampled" else "tiny")
     config.vision_config.num_hidden_layers = 2
     config.text_config.num_hidden_layers = config.cross_attention_every_n_layers = 1
     if shape == "wide":

@@ -40,10 +40,10 @@ def tiny_model() -> InfiMMHDForConditionalGeneration:
 
 
 def wide_model() -> InfiMMHDForConditionalGeneration:
-    """The widths of InfiMM-HD's tower, one layer deep; the language model is only there to be complete."""
+    """The widths of InfiMM-HD, one layer deep, with a small vocabulary and a narrow feed-forward."""
     vision = InfiMMHDVisionConfig(image_size=448, num_hidden_layers=1)
     text = LlamaConfig(
-        vocab_size=300, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=1, pad_token_id=0
+        vocab_size=300, hidden_size=5120, intermediate_size=64, num_hidden_layers=1, num_attention_heads=40, pad_token_id=0
     )
     torch.manual_seed(0)
     return InfiMMHDForConditionalGeneration(
@@ -186,10 +186,14 @@ def _bad_folders(folder: Path) -> None:
 @needs_compiler
 def test_real_widths(tmp_path: Path) -> None:
     model = wide_model()
-    folder = export_aoti(model, tmp_path / "wide", graphs=("vision",), limits={"num_tiles": (1, 4)})
+    folder = export_aoti(model, tmp_path / "wide", limits={"num_tiles": (1, 4)})
     backend = AotiBackend(folder, load_manifest(folder))
     for tiles in (1, 4):
         assert_equal_to_pytorch(model, backend, "vision", {"num_tiles": tiles})
+        assert_equal_to_pytorch(model, backend, "cross_kv", {"num_tiles": tiles})
+        for text, past in ((5, 0), (1, 7)):
+            sizes = {"batch_size": 2, "sequence_length": text, "past_sequence_length": past, "visual_length": 1032 * tiles}
+            assert_equal_to_pytorch(model, backend, "decoder", sizes)
 
 
 def test_twins_show_their_kernels() -> None:

@@ -18,9 +18,10 @@ import onnx
 import torch
 from onnx import helper
 
+from infimm_fast.configuration_infimm_hd import InfiMMHDConfig
 from infimm_fast.export.common.artifact import load_manifest
 from infimm_fast.export.common.errors import ExportError, InvalidGraphError, LimitError, ProviderError
-from infimm_fast.export.common.spec import GraphSpec, TensorSpec
+from infimm_fast.export.common.spec import VISUAL_MULTIPLE, GraphSpec, TensorSpec
 from infimm_fast.export.to_onnx.export import export_onnx
 from infimm_fast.export.to_tensorrt import build, prepare
 from infimm_fast.export.to_tensorrt import export as exporter
@@ -45,14 +46,21 @@ def artifact(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "artifact", [(shape, dtype) for shape in GRAPHS.SHAPES for dtype in ("float16", "bfloat16")], indirect=True, ids=str
+    "artifact",
+    [
+        *((shape, dtype) for shape in ("tiny", "wide") for dtype in ("float16", "bfloat16")),
+        ("resampled", "float16"),
+    ],
+    indirect=True,
+    ids=str,
 )
 def test_builds_for_every_generation(artifact: Path) -> None:
     """Every graph, for all of the GPUs; no attention is left to scores in memory."""
     entries = export_tensorrt(artifact, flavor="rtx", sms=SMS, optimization_level=0)
     assert [(entry.graph, entry.sms) for entry in entries] == [(g, SMS) for g in ("vision", "cross_kv", "decoder")]
     assert read_index(artifact) == sorted(entries, key=lambda entry: entry.file)
-    layers = load_manifest(artifact).config["text_config"]["num_hidden_layers"]
+    config = InfiMMHDConfig.from_dict(load_manifest(artifact).config)
+    layers, tokens = config.text_config.num_hidden_layers, config.visual_tokens_per_tile
     for entry in entries:
         assert entry.decomposed == (), entry
         file = artifact / FOLDER / entry.file
@@ -62,6 +70,7 @@ def test_builds_for_every_generation(artifact: Path) -> None:
         if entry.graph == "decoder":
             assert [profile.name for profile in entry.profiles] == ["prompt", "step"]
             assert len(report.attention) > layers  # its own and the gated blocks'
+            assert entry.profiles[0].axes["visual_length"][-1] == -(-40 * tokens // VISUAL_MULTIPLE) * VISUAL_MULTIPLE
         file.unlink()
 
 
