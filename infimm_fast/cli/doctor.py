@@ -23,6 +23,7 @@ _PACKAGES = (
     (("onnxscript",), "export to ONNX", "pip install infimm-fast[onnx]"),
     (("onnxruntime", "onnxruntime-gpu"), "running ONNX files", "pip install infimm-fast[onnx], or [onnx-gpu]"),
     (("tensorrt", "tensorrt-cu13", "tensorrt-cu12"), "TensorRT engines", "pip install infimm-fast[tensorrt]"),
+    (("tensorrt-rtx-cu13-libs",), "TensorRT-RTX engines, built anywhere", "pip install infimm-fast[tensorrt-rtx]"),
     (("matplotlib",), "pictures of benchmarks", "pip install infimm-fast[plot]"),
 )
 
