@@ -70,18 +70,17 @@ golden.assert_close(logits, data["mixed.logits"], golden.FORWARD, "logits")
 GENERATE = """
 model, data = golden.model_a("triton").requires_grad_(False), golden.tensors("case_a_generate")
 infimm_fast.optimize(model, backend="triton")
-for name in ("gen_plain", "gen_left_pad"):
-    tokens = model.generate(
-        input_ids=data[name + ".input_ids"],
-        attention_mask=data[name + ".attention_mask"],
-        pixel_values=golden.images_a(),
-        image_counts=torch.tensor([2, 2]),
-        do_sample=False,
-        max_new_tokens=12,
-        pad_token_id=0,
-        eos_token_id=300,
-    )
-    assert torch.equal(tokens, data[name + ".sequences"][:, : tokens.shape[1]]), name
+tokens = model.generate(
+    input_ids=data["gen_left_pad.input_ids"],
+    attention_mask=data["gen_left_pad.attention_mask"],
+    pixel_values=golden.images_a(),
+    image_counts=torch.tensor([2, 2]),
+    do_sample=False,
+    max_new_tokens=12,
+    pad_token_id=0,
+    eos_token_id=300,
+)
+assert torch.equal(tokens, data["gen_left_pad.sequences"][:, : tokens.shape[1]])
 """
 
 GOLDEN_C = """

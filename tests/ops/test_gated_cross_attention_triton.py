@@ -229,8 +229,9 @@ def test_operator_over_the_kernels(interpreter: InterpreterProcess, name: str) -
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", ["float16", "float32"])
-@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+@pytest.mark.parametrize(
+    ("head_dim", "dtype"), [*((head_dim, "float16") for head_dim in HEAD_DIMS), (72, "float32"), (112, "float32")]
+)
 def test_every_head_dim_over_several_tiles(interpreter: InterpreterProcess, head_dim: int, dtype: str) -> None:
     arguments = {"head_dim": head_dim, "tokens": 131, "keys": 203, "dtype": dtype, "kv_heads": 1}
     interpreter.call(CASES, "check_case", **arguments)
