@@ -143,3 +143,19 @@ def test_every_folder_is_mapped_to_a_package():
     names = [f"infimm_fast.{folder.parent.name}.{folder.name}" for folder in folders]
     run(f"import importlib\nfor name in {names}: importlib.import_module(name)")
     assert not (ROOT / "kernels" / "__init__.py").exists() and not (ROOT / "export" / "__init__.py").exists()
+
+
+@pytest.mark.slow
+def test_a_bare_gpu_machine_collects_the_gpu_tests():
+    """There may be torch, triton, transformers and pytest only; a file that cannot be imported would stop all tests."""
+    code = """
+import sys
+for name in ("onnx", "onnx_ir", "onnxruntime", "onnxscript", "typer", "rich", "peft", "accelerate", "tensorrt_rtx_bindings"):
+    sys.modules[name] = None
+import pytest
+status = pytest.main(["--collect-only", "-q", "-m", "gpu", "-p", "no:xdist", "-p", "no:benchmark", "-p", "no:cacheprovider"])
+print("status", int(status))
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert "status 0" in result.stdout, result.stdout[-2000:]
+    assert "test_gated_cross_attention_gpu.py" in result.stdout

@@ -8,6 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
+
+pytest.importorskip("typer", reason="needs typer")
+
 from PIL import Image
 from typer.testing import CliRunner
 

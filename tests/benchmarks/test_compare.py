@@ -8,6 +8,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+
+pytest.importorskip("typer", reason="needs typer")
+
 from typer.testing import CliRunner
 
 from infimm_fast.benchmarks.compare import compare, is_regression, load_or_run

@@ -4,6 +4,9 @@ import re
 from pathlib import Path
 
 import pytest
+
+pytest.importorskip("typer", reason="needs typer")
+
 import torch
 from PIL import Image
 from typer.testing import CliRunner

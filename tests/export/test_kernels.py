@@ -10,6 +10,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+pytest.importorskip("typer", reason="needs typer")
+
 import torch
 from typer.testing import CliRunner
 

@@ -4,8 +4,13 @@ import json
 import shutil
 from pathlib import Path
 
-import onnx
 import pytest
+
+pytest.importorskip("typer", reason="needs typer")
+pytest.importorskip("onnx", reason="needs onnx")
+pytest.importorskip("onnxruntime", reason="needs onnxruntime")
+
+import onnx
 import torch
 from typer.testing import CliRunner
 

@@ -7,8 +7,13 @@ import subprocess
 import sys
 from pathlib import Path
 
-import onnx
 import pytest
+
+pytest.importorskip("typer", reason="needs typer")
+pytest.importorskip("onnx", reason="needs onnx")
+pytest.importorskip("onnxruntime", reason="needs onnxruntime")
+
+import onnx
 import torch
 from typer.testing import CliRunner
 

@@ -6,8 +6,13 @@ import shutil
 import subprocess
 import sys
 
-import onnx
 import pytest
+
+pytest.importorskip("typer", reason="needs typer")
+pytest.importorskip("onnx", reason="needs onnx")
+pytest.importorskip("onnxruntime", reason="needs onnxruntime")
+
+import onnx
 import torch
 from onnx import TensorProto, helper
 from torch import nn
