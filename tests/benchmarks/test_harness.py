@@ -1,5 +1,6 @@
 """The harness: the gate in front of every figure, the budget, refusals, and one registration for a new op."""
 
+import os
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -26,7 +27,7 @@ from infimm_fast.benchmarks.registry import (
 from infimm_fast.benchmarks.report import Report
 from infimm_fast.benchmarks.suites.gated_cross_attention import once_for_case
 from infimm_fast.benchmarks.suites.subimage_attention import naive
-from infimm_fast.benchmarks.timing import Timer, input_sets
+from infimm_fast.benchmarks.timing import Timer, input_sets, pinned_threads
 from infimm_fast.errors import ConfigurationError
 
 CPU = torch.device("cpu")
@@ -286,3 +287,11 @@ def test_all_input_sets_of_a_case_share_masks():
     for case in (one, one, other, other, one):
         shared(case, CPU)
     assert [case is one for case in made] == [True, False, True]
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system pins no threads")
+def test_pinning_is_undone():
+    before = os.sched_getaffinity(0)
+    with pinned_threads():
+        assert len(os.sched_getaffinity(0)) == min(len(before), torch.get_num_threads())
+    assert os.sched_getaffinity(0) == before
