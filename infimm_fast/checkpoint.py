@@ -257,8 +257,7 @@ def _write_configuration(
     config = InfiMMHDConfig.from_dict(config.to_dict())
     if tokenizer is not None:
         processor = InfiMMHDProcessor.from_config(config, tokenizer)
-        for name, token_id in processor.token_ids().items():
-            setattr(config, name, token_id)
+        processor.write_token_ids(config)
         processor.save_pretrained(folder)
     else:
         InfiMMHDImageProcessor.from_config(config).save_pretrained(folder)

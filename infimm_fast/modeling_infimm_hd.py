@@ -23,7 +23,7 @@ from infimm_fast.modeling_gated_cross_attention import (
 from infimm_fast.modeling_perceiver import PerceiverResampler
 from infimm_fast.position_embedding import subimage_position_embedding
 from infimm_fast.tiling import tile_count, tile_places
-from infimm_fast.visual_context import VisualContext, count_images
+from infimm_fast.visual_context import VisualContext, consecutive_ranges, count_images
 
 
 @dataclass
@@ -192,8 +192,7 @@ class InfiMMHDForConditionalGeneration(InfiMMHDPreTrainedModel, GenerationMixin)
             raise ImageCountError(
                 f"image_counts {counts.tolist()} add up to {int(counts.sum())}, but there are {images} images"
             )
-        ends = counts.cumsum(0)
-        row_images = torch.stack((ends - counts, ends), dim=1).to(features.device)
+        row_images = consecutive_ranges(counts).to(features.device)
         key_values = None
         if self.config.implementation != "reference":
             key_values = project_visual_at_once([block.attn for block in self.gated_blocks], features)

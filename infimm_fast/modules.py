@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -181,7 +181,7 @@ class FusedGatedCrossAttentionBlock(GatedCrossAttentionBlock):
         folded = FoldedWeights(self)
         if offload:
             self._offloaded_from = self.attn.q_proj.weight.device
-            for _, parameter in self._folded_parameters():
+            for parameter in _folded_parameters(self).values():
                 parameter.data = parameter.data.cpu()
         self.folded = folded
         self._fingerprint = self._take_fingerprint()
@@ -191,20 +191,14 @@ class FusedGatedCrossAttentionBlock(GatedCrossAttentionBlock):
     def unfold(self) -> FusedGatedCrossAttentionBlock:
         """Undo `fold`, exactly: the parameters were kept. A block that is not folded stays as it is."""
         if self._offloaded_from is not None:
-            for _, parameter in self._folded_parameters():
+            for parameter in _folded_parameters(self).values():
                 parameter.data = parameter.data.to(self._offloaded_from)
         self.folded, self._fingerprint, self._offloaded_from = None, (), None
         return self
 
-    def _folded_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Yield the parameters that `fold` replaces."""
-        for name, parameter in self.named_parameters():
-            if not name.startswith("attn.kv_proj."):
-                yield name, parameter
-
     def _take_fingerprint(self) -> tuple[Any, ...]:
         # The version of a tensor counts its changes in place.
-        return tuple((id(p), p._version, p.requires_grad) for _, p in self._folded_parameters())
+        return tuple((id(p), p._version, p.requires_grad) for p in _folded_parameters(self).values())
 
     def _check_fingerprint(self) -> None:
         if not torch.compiler.is_compiling() and self._take_fingerprint() != self._fingerprint:
@@ -228,6 +222,11 @@ def _share(source: GatedCrossAttentionBlock, target: GatedCrossAttentionBlock) -
     for name in ("attn", "attn_gate", "ff", "ff_gate"):
         setattr(target, name, getattr(source, name))
     target.training = source.training
+
+
+def _folded_parameters(block: GatedCrossAttentionBlock) -> dict[str, nn.Parameter]:
+    """Return the parameters that `fold` replaces: all but those of the K/V projection."""
+    return {name: p for name, p in block.named_parameters() if not name.startswith("attn.kv_proj.")}
 
 
 def _fold_norm(weight: torch.Tensor, norm: nn.LayerNorm, scale: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -261,9 +260,7 @@ def check_foldable(block: GatedCrossAttentionBlock, within: nn.Module | None = N
     names: dict[int, list[str]] = {}
     for name, parameter in (within or block).named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
-    for name, parameter in block.named_parameters():
-        if name.startswith("attn.kv_proj."):
-            continue
+    for name, parameter in _folded_parameters(block).items():
         if type(parameter.data) is not torch.Tensor or parameter.dtype not in _DTYPES:
             raise FoldError(f"{name} is quantised ({type(parameter.data).__name__}, {parameter.dtype}); fold takes floats")
         if len(names.get(id(parameter), ())) > 1:

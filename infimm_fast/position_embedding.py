@@ -89,8 +89,12 @@ def subimage_position_embedding(
         dim: width, a multiple of 4.
         device: where the result is made.
     """
-    positions = torch.tensor([place or THUMBNAIL for place in places], device=device).view(-1, 2)
-    return tile_position_embedding(positions, dim)
+    return tile_position_embedding(encode_places(places, device), dim)
+
+
+def encode_places(places: list[tuple[int, int] | None], device: torch.device | None = None) -> torch.Tensor:
+    """Return places as numbers, int64 ``[len(places), 2]``, `THUMBNAIL` for None."""
+    return torch.tensor([place or THUMBNAIL for place in places], dtype=torch.int64, device=device).view(-1, 2)
 
 
 def tile_position_embedding(positions: torch.Tensor, dim: int) -> torch.Tensor:

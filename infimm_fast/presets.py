@@ -25,6 +25,9 @@ _FLAMINGO: dict[str, Any] = {
     "image_fit": "crop",
 }
 
+# What makes an EVA-CLIP tower one of EVA02's (arXiv 2303.11331).
+_EVA02: dict[str, Any] = {"norm_position": "pre", "mlp_type": "swiglu", "use_sub_layer_norm": True, "use_rope": True}
+
 
 def _vicuna(size: str) -> LlamaConfig:
     """Vicuna v1.5 by its published Llama-2 dimensions, with the two added tokens."""
@@ -61,10 +64,7 @@ def _zephyr() -> InfiMMHDConfig:
         num_attention_heads=16,
         intermediate_size=2730,
         image_size=336,
-        norm_position="pre",
-        mlp_type="swiglu",
-        use_sub_layer_norm=True,
-        use_rope=True,
+        **_EVA02,
         projection_dim=768,
     )
     text = MistralConfig(
@@ -152,10 +152,7 @@ def _tiny_zephyr() -> InfiMMHDConfig:
         num_attention_heads=2,
         intermediate_size=341,
         image_size=84,
-        norm_position="pre",
-        mlp_type="swiglu",
-        use_sub_layer_norm=True,
-        use_rope=True,
+        **_EVA02,
         projection_dim=32,
         initializer_range=0.1,
     )

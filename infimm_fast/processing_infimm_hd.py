@@ -111,6 +111,11 @@ class InfiMMHDProcessor(ProcessorMixin):
             "end_of_chunk_token_id": self.tokenizer.convert_tokens_to_ids(END_OF_CHUNK_TOKEN),
         }
 
+    def write_token_ids(self, config: InfiMMHDConfig) -> None:
+        """Give a model's configuration the ids that it must share with the tokenizer."""
+        for name, token_id in self.token_ids().items():
+            setattr(config, name, token_id)
+
     def batch_decode(self, *args: Any, **kwargs: Any) -> list[str]:
         """Decode a batch of token ids; see the tokenizer."""
         return self.tokenizer.batch_decode(*args, **kwargs)

@@ -106,12 +106,11 @@ class VisualContext:
         index = index.to(self.features.device)
         sizes = torch.tensor([0, *(bounds[picture + 1] - bounds[picture] for picture in chosen)])
         counts = torch.tensor([len(row) for row in pictures])
-        ends = counts.cumsum(0)
         repacked = self._map_tokens(lambda tensor: tensor[index])
         return replace(
             repacked,
             image_offsets=sizes.cumsum(0).to(self.image_offsets.device),
-            row_images=torch.stack((ends - counts, ends), dim=1).to(self.row_images.device),
+            row_images=consecutive_ranges(counts).to(self.row_images.device),
         )
 
     def append(self, later: VisualContext) -> VisualContext:
@@ -183,6 +182,12 @@ class VisualContext:
         begin = last - 1 if only_immediate else first.expand_as(last)
         interval = torch.stack((self.image_offsets[begin.clamp(min=0)], self.image_offsets[last]), dim=-1)
         return interval * (count > 0)[..., None]
+
+
+def consecutive_ranges(counts: torch.Tensor) -> torch.Tensor:
+    """Return the half-open ranges, int64 ``[rows, 2]``, of items that lie row after row, ``counts[row]`` of them each."""
+    ends = counts.cumsum(0)
+    return torch.stack((ends - counts, ends), dim=1)
 
 
 def count_images(is_image_token: torch.Tensor, images_seen: torch.Tensor | None = None) -> torch.Tensor:

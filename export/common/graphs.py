@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers import DynamicCache
 
-from infimm_fast.export.common.spec import VISUAL_MULTIPLE
+from infimm_fast.export.common.spec import VISUAL_MULTIPLE, padded_visual_length
 from infimm_fast.modeling_gated_cross_attention import CrossAttentionInputs, VisualCrossAttention
 from infimm_fast.modeling_infimm_hd import InfiMMHDForConditionalGeneration
 from infimm_fast.position_embedding import tile_position_embedding
@@ -42,7 +42,7 @@ class CrossKeyValueGraph(nn.Module):
         packed = image_features.flatten(0, 1)
         # Fused attention of runtimes wants the number of keys divisible by 4 or 8. (No runtime pads bfloat16, all join it.)
         # Padded by a fixed number and cut: an amount of padding that may be 0 or 1 would be fixed by torch.export.
-        length = (packed.shape[0] + VISUAL_MULTIPLE - 1) // VISUAL_MULTIPLE * VISUAL_MULTIPLE
+        length = padded_visual_length(packed.shape[0])
         packed = torch.cat((packed, packed.new_zeros(VISUAL_MULTIPLE - 1, packed.shape[1])))[:length]
         attentions = cast(list[VisualCrossAttention], list(self.attentions))
         return [part for attention in attentions for part in attention.project_visual(packed)]

@@ -12,12 +12,12 @@ from infimm_fast.configuration_infimm_hd import InfiMMHDConfig
 from infimm_fast.errors import ImageCountError
 from infimm_fast.export.common.artifact import Manifest
 from infimm_fast.export.common.errors import ArtifactError, LimitError
-from infimm_fast.export.common.spec import VISUAL_MULTIPLE, TensorSpec
+from infimm_fast.export.common.spec import VISUAL_MULTIPLE, TensorSpec, padded_visual_length
 from infimm_fast.image_processing_infimm_hd import nest_images
-from infimm_fast.position_embedding import THUMBNAIL
+from infimm_fast.position_embedding import encode_places
 from infimm_fast.processing_infimm_hd import InfiMMHDProcessor
 from infimm_fast.tiling import tile_count, tile_places
-from infimm_fast.visual_context import VisualContext, count_images
+from infimm_fast.visual_context import VisualContext, consecutive_ranges, count_images
 
 
 class Backend(Protocol):
@@ -136,18 +136,16 @@ class ExportedModel:
             raise ImageCountError(
                 f"{len(pixel_values)} tiles, grids {grids} and counts {image_counts.tolist()} do not fit together"
             )
-        places = torch.tensor([place or THUMBNAIL for place in tile_places(grids, self.config.always_thumbnail)])
+        places = encode_places(tile_places(grids, self.config.always_thumbnail))
         vision = self.run("vision", {"pixel_values": pixel_values.float(), "tile_positions": places}, {})
         features_shape = self.manifest.graphs["vision"].outputs[0].sizes({"num_tiles": len(pixel_values)})
         cross = self.run("cross_kv", vision, {"image_features": features_shape})
-        ends = image_counts.cumsum(0)
-        tokens = features_shape[0] * features_shape[1]
         return EncodedImages(
             features=vision["image_features"],
             cross_key_values=cross,
             offsets=torch.tensor([0, *counts]).cumsum(0) * features_shape[1],
-            row_images=torch.stack((ends - image_counts, ends), dim=1),
-            visual_length=-(-tokens // VISUAL_MULTIPLE) * VISUAL_MULTIPLE,
+            row_images=consecutive_ranges(image_counts),
+            visual_length=padded_visual_length(features_shape[0] * features_shape[1]),
         )
 
     def generate(

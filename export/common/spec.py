@@ -34,7 +34,7 @@ from infimm_fast.export.common.errors import ExportError, LimitError
 
 GRAPHS = ("vision", "cross_kv", "decoder")
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-_ALL_DTYPES = DTYPES | {"int64": torch.int64, "bool": torch.bool}
+ALL_DTYPES = DTYPES | {"int64": torch.int64, "bool": torch.bool}
 VISUAL_MULTIPLE = 8
 
 # Sizes of the free axes in the samples that a graph is traced with. Different from each other, and from 0 and 1, which
@@ -66,7 +66,7 @@ class TensorSpec:
     @property
     def torch_dtype(self) -> torch.dtype:
         """The dtype as PyTorch's."""
-        return _ALL_DTYPES[self.dtype]
+        return ALL_DTYPES[self.dtype]
 
     @property
     def free_axes(self) -> dict[int, str]:
@@ -124,6 +124,11 @@ class GraphSpec:
             if not smallest <= size <= largest:
                 raise LimitError(f"{axis} is {size}; this artifact takes {smallest} to {largest}")
         return sizes
+
+
+def padded_visual_length(tokens: int) -> int:
+    """Return the visual length of so many visual tokens."""
+    return (tokens + VISUAL_MULTIPLE - 1) // VISUAL_MULTIPLE * VISUAL_MULTIPLE
 
 
 def check_graphs(graphs: tuple[str, ...]) -> None:

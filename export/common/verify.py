@@ -15,10 +15,10 @@ from infimm_fast.configuration_infimm_hd import InfiMMHDConfig
 from infimm_fast.export.common.artifact import Progress, no_progress
 from infimm_fast.export.common.errors import LimitError, ShapeError, ToleranceError
 from infimm_fast.export.common.graphs import nest_inputs
-from infimm_fast.export.common.spec import VISUAL_MULTIPLE, GraphSpec
+from infimm_fast.export.common.spec import VISUAL_MULTIPLE, GraphSpec, padded_visual_length
 from infimm_fast.position_embedding import THUMBNAIL
 from infimm_fast.testing import Errors, measure_errors, outlier_normal
-from infimm_fast.visual_context import VisualContext, count_images
+from infimm_fast.visual_context import VisualContext, consecutive_ranges, count_images
 
 # Runs a graph: name, inputs by name -> outputs by name.
 Run = Callable[[str, Mapping[str, torch.Tensor]], dict[str, torch.Tensor]]
@@ -120,12 +120,11 @@ def _decoder_case(graph: GraphSpec, shape: _DecoderShape, config: InfiMMHDConfig
         start = 1 + (shape.padding if row == rows - 1 else 0)  # the first token comes before the first picture
         ids[row, [min(start + 2 * index, total - 1) for index in range(len(pictures))]] = config.image_token_id
     tiles = [count for pictures in shape.pictures for count in pictures]
-    ends = torch.tensor([len(pictures) for pictures in shape.pictures]).cumsum(0)
-    starts = torch.cat((ends.new_zeros(1), ends[:-1]))
+    row_images = consecutive_ranges(torch.tensor([len(pictures) for pictures in shape.pictures]))
     offsets = torch.tensor([0, *tiles]).cumsum(0) * tokens_per_tile
-    context = VisualContext(torch.empty(0), offsets, torch.stack((starts, ends), dim=1))
+    context = VisualContext(torch.empty(0), offsets, row_images)
     seen = count_images(ids == config.image_token_id)[:, shape.past :]
-    visual_length = max(-(-sum(tiles) * tokens_per_tile // VISUAL_MULTIPLE) * VISUAL_MULTIPLE, VISUAL_MULTIPLE)
+    visual_length = max(padded_visual_length(sum(tiles) * tokens_per_tile), VISUAL_MULTIPLE)
     free = {"batch_size": rows, "past_sequence_length": shape.past, "visual_length": visual_length}
     inputs = _random(graph, free, seed) | {
         "input_ids": ids[:, shape.past :].contiguous(),

@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from infimm_fast.export.common.artifact import Manifest
 from infimm_fast.export.common.errors import ArtifactError, LimitError, ProviderError
 from infimm_fast.export.common.graphs import nest_inputs
-from infimm_fast.export.common.spec import DTYPES
+from infimm_fast.export.common.spec import ALL_DTYPES
 
 
 class AotiBackend:
@@ -71,8 +71,7 @@ class AotiBackend:
 
     def zeros(self, dtype: str, shape: tuple[int, ...]) -> torch.Tensor:
         """Return zeros on the device."""
-        kinds = {**DTYPES, "int64": torch.int64, "bool": torch.bool}
-        return torch.zeros(shape, dtype=kinds[dtype], device=self.device)
+        return torch.zeros(shape, dtype=ALL_DTYPES[dtype], device=self.device)
 
     def to_tensor(self, value: torch.Tensor) -> torch.Tensor:
         """Return a value as a tensor on the host."""

@@ -34,6 +34,7 @@ from infimm_fast.export.common.source import (
     load_model,
     save_processor,
     settle_dtype,
+    settle_limits,
 )
 from infimm_fast.export.common.spec import (
     DTYPES,
@@ -42,7 +43,6 @@ from infimm_fast.export.common.spec import (
     GraphSpec,
     check_dtype,
     check_graphs,
-    default_limits,
     model_graphs,
 )
 from infimm_fast.kernels.common.launch import keep_operators
@@ -101,7 +101,7 @@ def export_aoti(
     _, model, processor = load_model(model, dtype, processor)
     dtype = settle_dtype(model, dtype)
     specs = {name: spec for name, spec in model_graphs(model.config, dtype).items() if name in graphs}
-    limits = default_limits(model.config) | dict(limits or {})
+    limits = settle_limits(model.config, limits)
     prepare_folder(out, overwrite)
     (out / TARGET).mkdir(exist_ok=True)
     files = {name: f"{TARGET}/{name}.pt2" for name in specs}

@@ -21,20 +21,14 @@ from infimm_fast.export.common.artifact import (
 )
 from infimm_fast.export.common.errors import AxisError, ExportError
 from infimm_fast.export.common.source import checkpoint_names
-from infimm_fast.export.common.spec import GraphSpec, TensorSpec
+from infimm_fast.export.common.spec import ALL_DTYPES, GraphSpec, TensorSpec
 from infimm_fast.export.common.verify import Case
 from infimm_fast.export.to_onnx.export import verify_folder, write_graphs
 from infimm_fast.export.to_onnx.trace import TracedGraph, check_opset, trace
 from infimm_fast.export.to_onnx.verification import verify_onnx
 
 GRAPH = "module"
-_DTYPES = {
-    torch.float32: "float32",
-    torch.float16: "float16",
-    torch.bfloat16: "bfloat16",
-    torch.int64: "int64",
-    torch.bool: "bool",
-}
+_DTYPES = {dtype: name for name, dtype in ALL_DTYPES.items()}
 
 
 class _Flat(nn.Module):

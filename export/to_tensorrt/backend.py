@@ -12,7 +12,7 @@ import torch
 
 from infimm_fast.export.common.artifact import Manifest
 from infimm_fast.export.common.errors import ArtifactError, ExportError, ProviderError
-from infimm_fast.export.common.spec import DTYPES, GraphSpec
+from infimm_fast.export.common.spec import ALL_DTYPES, GraphSpec
 from infimm_fast.export.to_tensorrt.build import logger_of
 from infimm_fast.export.to_tensorrt.engines import FOLDER, EngineEntry, choose_engine
 from infimm_fast.export.to_tensorrt.flavors import load_flavor, local_sm
@@ -119,8 +119,7 @@ class TensorRTBackend:
 
     def zeros(self, dtype: str, shape: tuple[int, ...]) -> torch.Tensor:
         """Return zeros on the device."""
-        kinds = {**DTYPES, "int64": torch.int64, "bool": torch.bool}
-        return torch.zeros(shape, dtype=kinds[dtype], device=self.device)
+        return torch.zeros(shape, dtype=ALL_DTYPES[dtype], device=self.device)
 
     def to_tensor(self, value: torch.Tensor) -> torch.Tensor:
         """Return a value as a tensor on the host."""

@@ -21,6 +21,7 @@ import torch
 from infimm_fast.export.common.artifact import load_manifest, package_versions, write_json
 from infimm_fast.export.common.errors import ArtifactError, ExportError
 from infimm_fast.export.common.graphs import graph_modules
+from infimm_fast.export.common.spec import DTYPES
 from infimm_fast.kernels.common.configs import ARCHITECTURES
 from infimm_fast.kernels.common.launch import TRITON_INSTALLED
 from infimm_fast.modeling_infimm_hd import InfiMMHDForConditionalGeneration
@@ -29,7 +30,6 @@ from infimm_fast.presets import preset
 BEGIN, END = "<!-- begin: what was run -->", "<!-- end: what was run -->"
 PRECISIONS = ("float32", "float16", "bfloat16", "fp8")
 RTX_SMS = (80, 89, 120)
-_KERNEL_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 def small_model(dtype: torch.dtype) -> InfiMMHDForConditionalGeneration:
@@ -55,7 +55,7 @@ def measure(report: Callable[[str], None] = print) -> dict[str, Any]:
         report(f"{row}, {precision}: {reached}")
 
     with tempfile.TemporaryDirectory() as folder:
-        for precision, dtype in _KERNEL_DTYPES.items():
+        for precision, dtype in DTYPES.items():
             artifact = Path(folder) / precision
             _measure_onnx(trying, artifact, precision, dtype)
             _measure_rtx(trying, artifact, precision)
@@ -109,7 +109,7 @@ def _measure_engines(trying: Any, artifact: Path, precision: str) -> None:
     with trying(row, precision, "executed"):
         _check_fused(export_tensorrt(artifact), precision)
         manifest = load_manifest(artifact)
-        _compare(TensorRTBackend(artifact, manifest), _KERNEL_DTYPES[precision], 0.05)
+        _compare(TensorRTBackend(artifact, manifest), DTYPES[precision], 0.05)
 
 
 def _measure_aoti(trying: Any, artifact: Path, precision: str, dtype: torch.dtype) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from infimm_fast.export.common.errors import LimitError
-from infimm_fast.export.common.spec import VISUAL_MULTIPLE, GraphSpec
+from infimm_fast.export.common.spec import VISUAL_MULTIPLE, GraphSpec, padded_visual_length
 
 Range = tuple[int, int, int]
 
@@ -40,7 +40,7 @@ class Limits:
     def ranges(self, tokens_per_tile: int) -> dict[str, Range]:
         """Return the range of every free axis of `infimm_fast.export.common.spec`."""
         total = tuple(self.text[i] + self.past[i] for i in range(3))
-        visual = tuple(max(VISUAL_MULTIPLE, _round_up(tiles * tokens_per_tile)) for tiles in self.pictures)
+        visual = tuple(max(VISUAL_MULTIPLE, padded_visual_length(tiles * tokens_per_tile)) for tiles in self.pictures)
         return {
             "num_tiles": self.tiles,
             "batch_size": self.batch,
@@ -49,10 +49,6 @@ class Limits:
             "total_sequence_length": (total[0], total[1], total[2]),
             "visual_length": (1 if self.pictures[0] == 0 else visual[0], visual[1], visual[2]),
         }
-
-
-def _round_up(size: int) -> int:
-    return -(-size // VISUAL_MULTIPLE) * VISUAL_MULTIPLE
 
 
 # A prompt and a step of generation are tuned apart: one reads a few hundred tokens at once, the other reads one.

@@ -132,8 +132,7 @@ def _load(
         return model.to(device).eval(), InfiMMHDProcessor.from_pretrained(checkpoint)
     config = make_preset(preset)
     processor = InfiMMHDProcessor.from_config(config, byte_tokenizer())
-    for name, token_id in processor.token_ids().items():
-        setattr(config, name, token_id)
+    processor.write_token_ids(config)
     console.print(
         f"[bold yellow]Random weights[/] (preset {preset}): the answer means nothing; give --checkpoint for real ones.",
         highlight=False,

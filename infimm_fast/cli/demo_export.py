@@ -15,7 +15,7 @@ from infimm_fast.cli.export import progress_bars
 from infimm_fast.export import ExportedModel, export_onnx, load
 from infimm_fast.export.common.runner import Decoding
 from infimm_fast.modeling_infimm_hd import InfiMMHDForConditionalGeneration
-from infimm_fast.position_embedding import THUMBNAIL
+from infimm_fast.position_embedding import encode_places
 from infimm_fast.processing_infimm_hd import InfiMMHDProcessor
 from infimm_fast.tiling import tile_places
 
@@ -47,10 +47,9 @@ def _run_stages(
     exported: ExportedModel, inputs: BatchFeature, max_new_tokens: int, repeats: int, device: torch.device
 ) -> StageResults:
     results, backend, config = StageResults(), exported.backend, exported.config
-    places = tile_places(inputs["image_grids"].tolist(), config.always_thumbnail)
     tiles = {
         "pixel_values": inputs["pixel_values"].float(),
-        "tile_positions": torch.tensor([place or THUMBNAIL for place in places]),
+        "tile_positions": encode_places(tile_places(inputs["image_grids"].tolist(), config.always_thumbnail)),
     }
     vision = backend.run("vision", tiles)
     results.seconds["vision"] = median_seconds(lambda: backend.run("vision", tiles), repeats, device)

@@ -100,8 +100,7 @@ def _source(
         raise ConfigurationError(f"{name!r} is neither the folder of a model nor one of the presets {', '.join(PRESETS)}")
     config = make_preset(name)
     processor = InfiMMHDProcessor.from_config(config, byte_tokenizer())
-    for key, token_id in processor.token_ids().items():
-        setattr(config, key, token_id)
+    processor.write_token_ids(config)
     console.print(f"[bold yellow]Random weights[/] (preset {name}): answers will mean nothing.", highlight=False)
     torch.manual_seed(0)
     check_dtype(dtype or "float32")

@@ -16,17 +16,6 @@ def processor(model):
 
 
 @pytest.fixture(scope="session")
-def pictures():
-    """Noise pictures whose grids are 1x1, 1x2, 2x2, 2x1."""
-    import numpy as np
-    from PIL import Image
-
-    generator = np.random.default_rng(0)
-    sizes = ((100, 100), (100, 230), (200, 220), (240, 90))
-    return [Image.fromarray(generator.integers(0, 256, (*size, 3), dtype=np.uint8)) for size in sizes]
-
-
-@pytest.fixture(scope="session")
 def batch(processor, pictures):
     """Rows with two pictures, none, one, and one that comes late."""
     return processor(
