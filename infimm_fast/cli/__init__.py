@@ -30,21 +30,12 @@ app.add_typer(export_app, name="export")
 @contextmanager
 def one_line_errors() -> Iterator[None]:
     """Print errors in the user's input as one line and leave with exit code 1; bugs keep their traceback."""
-    from infimm_fast import errors
+    from infimm_fast.errors import UserError
     from infimm_fast.export.common.errors import ExportError
 
-    expected: tuple[type[Exception], ...] = (
-        errors.CheckpointError,
-        errors.ConfigurationError,
-        errors.ImageCountError,
-        errors.ImageInputError,
-        errors.PromptError,
-        ExportError,
-        OSError,
-    )
     try:
         yield
-    except expected as error:
+    except (UserError, ExportError, OSError) as error:
         error_console.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
         raise typer.Exit(1) from error
 

@@ -19,6 +19,7 @@ from infimm_fast.cli import doctor as doctor_command
 from infimm_fast.cli.demo import StageResults, _print_parity
 from infimm_fast.cli.doctor import conflicts
 from infimm_fast.cli.tiles import draw_tiles
+from infimm_fast.errors import FoldError
 
 PICTURE = Path(__file__).parents[2] / "examples" / "images" / "raccoon.jpg"
 
@@ -122,6 +123,15 @@ def test_errors_are_one_line(arguments, message, tmp_path, monkeypatch):
     lines = [line for line in text.splitlines() if "error:" in line]
     assert len(lines) == 1 and message in lines[0] and "Traceback" not in text
     assert not (tmp_path / "out").exists()
+
+
+def test_a_weight_that_cannot_be_folded_is_one_line_too(monkeypatch, tmp_path):
+    def refuse(*arguments, **options):
+        raise FoldError("q_proj is quantised")
+
+    monkeypatch.setattr("infimm_fast.optimization.optimize", refuse)
+    text = invoke("export", "onnx", "tiny", tmp_path / "out", "--fold", code=1)
+    assert "error: q_proj is quantised" in text and "Traceback" not in text
 
 
 def test_doctor_says_what_is_there_and_how_to_get_the_rest(monkeypatch):
