@@ -23,9 +23,14 @@ GRADIENT_A = 3e-5
 GRADIENT_C = 5e-6
 
 
-@functools.cache
 def tensors(name: str) -> dict[str, torch.Tensor]:
-    return load_file(FOLDER / f"{name}.safetensors")
+    """The tensors of one file, on torch's default device."""
+    return _load(name, str(torch.get_default_device()))
+
+
+@functools.cache
+def _load(name: str, device: str) -> dict[str, torch.Tensor]:
+    return load_file(FOLDER / f"{name}.safetensors", device=device)
 
 
 @functools.cache
@@ -97,8 +102,8 @@ def check_parameter_gradients(parameters, expected, prefix, projections, toleran
         target = rename_key(prefix + official)[0].removeprefix(rename_key(prefix)[0] if prefix else "")
         gradient = parameters[target].grad.double()
         if kind != "grad":
-            generator = torch.Generator().manual_seed(4242)
-            right = torch.randn(gradient.shape[1], projections, generator=generator).double()
-            left = torch.randn(projections, gradient.shape[0], generator=generator).double()
+            generator = torch.Generator("cpu").manual_seed(4242)
+            right = torch.randn(gradient.shape[1], projections, generator=generator, device="cpu").to(gradient)
+            left = torch.randn(projections, gradient.shape[0], generator=generator, device="cpu").to(gradient)
             gradient = left @ gradient if kind.endswith("left") else gradient @ right
         assert_close(gradient, value, tolerance, name)

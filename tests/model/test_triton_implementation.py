@@ -1,4 +1,4 @@
-"""The model on our Triton kernels, in Triton's interpreter: on a CPU nothing else would ever run them."""
+"""The model on our Triton kernels: in the interpreter, since on a CPU nothing else would ever run them, and on a GPU."""
 
 import os
 import subprocess
@@ -14,6 +14,7 @@ CODE = """
 import sys
 sys.path.insert(0, {folder!r})
 import torch
+{setup}
 import golden
 import infimm_fast
 from infimm_fast.kernels.subimage_attention import forward
@@ -106,27 +107,44 @@ with torch.no_grad():
 """
 
 
-@pytest.mark.parametrize(
-    "body, launches",
-    (
-        (SHORT_A, "4 2"),
-        # 4 layers in 6 runs of the tower, 2 gated blocks in 5 of the model
-        pytest.param(GOLDEN_A, "24 10", marks=pytest.mark.slow),
-        pytest.param(GENERATE, None, marks=pytest.mark.slow),
-        (GOLDEN_B, "3 0"),
-        pytest.param(GOLDEN_C, "0 11", marks=pytest.mark.slow),
-    ),
-    ids=("case A, logits", "case A", "case A, greedy tokens", "case B, RoPE", "case C"),
-)
-def test_golden_cases(body, launches):
+# As precise as the CPU: convolutions would round to 10 bits otherwise.
+ON_A_GPU = """
+torch.set_default_device("cuda")
+torch.backends.cudnn.allow_tf32 = False
+"""
+
+# 4 layers in 6 runs of the tower, 2 gated blocks in 5 of the model.
+CASES = {
+    "case A, logits": (SHORT_A, "4 2"),
+    "case A": (GOLDEN_A, "24 10"),
+    "case A, greedy tokens": (GENERATE, None),
+    "case B, RoPE": (GOLDEN_B, "3 0"),
+    "case C": (GOLDEN_C, "0 11"),
+}
+SLOW = ("case A", "case A, greedy tokens", "case C")
+
+
+def run_case(name, setup, environment):
+    body, launches = CASES[name]
     folder = str(Path(__file__).parents[1])
-    code = CODE.format(folder=folder, body=body.format(folder=folder))
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
+    code = CODE.format(folder=folder, setup=setup, body=body.format(folder=folder))
+    command = [sys.executable, "-c", code]
+    result = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment}, check=False)
     assert result.returncode == 0, result.stderr
     assert "launches" in result.stdout
     if launches is not None:
         assert f"launches {launches}" in result.stdout, "the kernels did not run as often as expected"
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in CASES])
+def test_golden_cases(name):
+    run_case(name, "", {"TRITON_INTERPRET": "1"})
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", CASES)
+def test_golden_cases_on_a_gpu(name):
+    run_case(name, ON_A_GPU, {})
 
 
 def test_on_a_cpu_it_is_refused(tiny_model):
