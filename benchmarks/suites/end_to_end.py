@@ -11,7 +11,7 @@ from PIL import Image
 
 from infimm_fast.benchmarks.cases import item_size, language_bytes, language_flops, vision_bytes, vision_flops
 from infimm_fast.benchmarks.registry import Case, Inputs, Op, Outputs, Plan, Prepared, register_implementation, register_op
-from infimm_fast.benchmarks.suites.language import PROMPT_TOKENS, decode_step
+from infimm_fast.benchmarks.suites.language import PROMPT_TOKENS, run_from_cache
 from infimm_fast.benchmarks.suites.model import (
     ModelOp,
     key_values_of,
@@ -193,7 +193,7 @@ class EndToEnd(ModelOp):
             "vision": lambda: model.get_image_features(pixels, grids),
             "K/V": lambda: key_values_of(model, features),
             "prefill": lambda: model(input_ids=ids, visual_context=context, use_cache=True, logits_to_keep=1),
-            "token": decode_step(model, filled.logits[:, -1].argmax(-1, keepdim=True), context, past),
+            "token": run_from_cache(model, filled.logits[:, -1].argmax(-1, keepdim=True), context, past),
         }
         return Prepared(first_token, stages)
 

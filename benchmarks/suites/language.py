@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from transformers import DynamicCache
+from transformers import DynamicCache, PretrainedConfig
 
 from infimm_fast.benchmarks.cases import language_bytes, language_flops
 from infimm_fast.benchmarks.inputs import random_tensor
@@ -73,9 +73,10 @@ class Prefill(ModelOp):
         context = make_context(model, inputs["features"], len(ids))
         # Said in words, since reading it off the tokens makes the host wait.
         seen = torch.zeros(len(ids), dtype=torch.long, device=ids.device)
-        return lambda: (
-            model(input_ids=ids, visual_context=context, images_seen=seen, use_cache=True, logits_to_keep=1).logits
-        )
+        # Empty, but there: a cache that comes into being while a graph is captured may copy from the host.
+        shape = _cache_shape(model.config.text_config, len(ids), 0)
+        past = [torch.empty(shape, dtype=model.dtype, device=ids.device)] * model.config.text_config.num_hidden_layers
+        return run_from_cache(model, ids, context, past, images_seen=seen)
 
 
 @register_op
@@ -107,8 +108,7 @@ class Decode(ModelOp):
         """Return the model, the new tokens, the visual tokens, and keys and values of the prompt for each layer."""
         inputs = _inputs(case, device, seed)
         text = inputs["model"].config.text_config
-        head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-        shape = (2, case.sizes["rows"], text.num_key_value_heads, case.sizes["past"], head_dim)
+        shape = _cache_shape(text, case.sizes["rows"], case.sizes["past"])
         past = [
             random_tensor(*shape, dtype=case.torch_dtype, device=device, seed=seed + 1 + layer)
             for layer in range(text.num_hidden_layers)
@@ -119,27 +119,36 @@ class Decode(ModelOp):
     def make_run(self, case: Case, inputs: Inputs) -> Run:
         """Return one step."""
         model, ids = inputs["model"], inputs["ids"]
-        return decode_step(model, ids, make_context(model, inputs["features"], len(ids)), inputs["past"])
+        return run_from_cache(model, ids, make_context(model, inputs["features"], len(ids)), inputs["past"])
 
 
-def decode_step(model, ids: torch.Tensor, context, past: list[torch.Tensor]) -> Run:
-    """Return a function that runs one decoding step from the same cache every time and gives the logits.
+def _cache_shape(text: PretrainedConfig, rows: int, tokens: int) -> tuple[int, ...]:
+    """Return the shape of one layer's keys and values."""
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    return 2, rows, text.num_key_value_heads, tokens, head_dim
+
+
+def run_from_cache(model, ids: torch.Tensor, context, past: list[torch.Tensor], **inputs: torch.Tensor) -> Run:
+    """Return a function that runs new tokens from the same cache every time and gives the last one's logits.
 
     Args:
         model: the model.
-        ids: new tokens ``[B, 1]``.
+        ids: new tokens ``[B, T]``.
         context: the pictures.
         past: keys and values of each layer, ``[2, B, heads, past, head_dim]``.
+        **inputs: others of the model.
     """
     cache = DynamicCache(config=model.config.text_config)
     for layer, (keys, values) in enumerate(past):
         cache.update(keys, values, layer)
-    kept = [(layer.keys, layer.values) for layer in cache.layers]
+    # Layers with a sliding window count their tokens besides.
+    kept = [dict(vars(layer)) for layer in cache.layers]
+    options = {"visual_context": context, "use_cache": True, "logits_to_keep": 1}
 
     def run() -> torch.Tensor:
-        for layer, (keys, values) in zip(cache.layers, kept, strict=True):
-            layer.keys, layer.values = keys, values
-        return model(input_ids=ids, past_key_values=cache, visual_context=context, use_cache=True, logits_to_keep=1).logits
+        for layer, state in zip(cache.layers, kept, strict=True):
+            vars(layer).update(state)
+        return model(input_ids=ids, past_key_values=cache, **options, **inputs).logits
 
     return run
 

@@ -138,12 +138,13 @@ def _prepare(op: ModelOp, name: str, case: Case, inputs: Inputs) -> Prepared:
     return Prepared(run.run if isinstance(run, Prepared) else run, stages, lambda: _reset(model))
 
 
-def register_model_implementations(op: type[ModelOp], graph: bool = True) -> None:
+def register_model_implementations(op: type[ModelOp], graph: bool = True, gated_blocks: bool = True) -> None:
     """Make every way to run the model an implementation of one of its stages.
 
     Args:
         op: the stage.
         graph: whether it can be captured.
+        gated_blocks: whether it runs them; the plain statement's wait for the device, so that it is never captured.
     """
 
     def prepare_in(name: str) -> Callable[[Case, Inputs], Prepared]:
@@ -155,7 +156,8 @@ def register_model_implementations(op: type[ModelOp], graph: bool = True) -> Non
         return prepare_stage
 
     for name in _ENTER:
-        properties: dict[str, Any] = {"graph": graph, "ours": name in _OPS}
+        captured = graph and not (gated_blocks and name == "naive")
+        properties: dict[str, Any] = {"graph": captured, "ours": name in _OPS}
         if name == "infimm_fast":
             properties["requires"] = needs_cuda
         if name == "sdpa compiled":

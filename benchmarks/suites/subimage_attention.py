@@ -58,11 +58,11 @@ class SubimageAttention(Op):
         return cases
 
     def make_inputs(self, case: Case, device: torch.device, seed: int) -> Inputs:
-        """Return qkv, views of its parts, and the gradient that arrives at the output."""
+        """Return qkv, views of its parts without a history, and the gradient that arrives at the output."""
         sizes = case.sizes
         shape = (sizes["tiles"], sizes["tokens"], 3, sizes["heads"], sizes["head_dim"])
         qkv = random_tensor(*shape, dtype=case.torch_dtype, device=device, seed=seed).requires_grad_(case.backward)
-        q, k, v = qkv.unbind(2)
+        q, k, v = qkv.detach().unbind(2)
         inputs: Inputs = {"qkv": qkv, "q": q, "k": k, "v": v}
         if case.backward:
             inputs["gradients"] = (random_tensor(*q.shape, dtype=case.torch_dtype, device=device, seed=seed + 1),)
@@ -136,8 +136,24 @@ def _ours(backend: str) -> Callable[..., torch.Tensor]:
     return lambda q, k, v: subimage_attention(q, k, v, backend=backend)  # type: ignore[return-value]
 
 
+def _parts_of(case: Case, inputs: Inputs) -> Callable[[], tuple[torch.Tensor, ...]]:
+    """Return the function that gives q, k and v to a run.
+
+    With a backward pass every run makes the views anew: those made before a CUDA graph is captured belong to another
+    stream, and autograd would have to wait for that.
+    """
+    if case.backward:
+        return lambda: inputs["qkv"].unbind(2)
+    parts = tuple(inputs[name] for name in "qkv")
+    return lambda: parts
+
+
 def _on_inputs(attention: Callable[..., torch.Tensor]) -> Callable[[Case, Inputs], Run]:
-    return lambda case, inputs: lambda: attention(inputs["q"], inputs["k"], inputs["v"])
+    def prepare(case: Case, inputs: Inputs) -> Run:
+        parts = _parts_of(case, inputs)
+        return lambda: attention(*parts())
+
+    return prepare
 
 
 def _flex(mode: str) -> Callable[[Case, Inputs], Run]:
@@ -145,15 +161,20 @@ def _flex(mode: str) -> Callable[[Case, Inputs], Run]:
         from torch.nn.attention.flex_attention import flex_attention
 
         compiled = torch.compile(flex_attention, dynamic=False, mode=mode)
-        q, k, v = (inputs[name].transpose(1, 2) for name in "qkv")
-        return lambda: compiled(q, k, v).transpose(1, 2)
+        parts = _parts_of(case, inputs)
+
+        def run() -> torch.Tensor:
+            q, k, v = (part.transpose(1, 2) for part in parts())
+            return compiled(q, k, v).transpose(1, 2)
+
+        return run
 
     return prepare
 
 
 def _compiled_naive(case: Case, inputs: Inputs) -> Run:
-    compiled = torch.compile(naive, dynamic=False)
-    return lambda: compiled(inputs["q"], inputs["k"], inputs["v"])
+    compiled, parts = torch.compile(naive, dynamic=False), _parts_of(case, inputs)
+    return lambda: compiled(*parts())
 
 
 register_implementation(NAME, "naive")(_on_inputs(naive))

@@ -48,4 +48,4 @@ class VisionTower(ModelOp):
         return lambda: model.vision_tower(pixels, model.config.vision_feature_layer)
 
 
-register_model_implementations(VisionTower)
+register_model_implementations(VisionTower, gated_blocks=False)

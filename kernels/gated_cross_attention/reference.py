@@ -38,15 +38,14 @@ def gated_cross_attention_reference(
     group = q.shape[2] // k.shape[1]
     kv_range = kv_range.clamp(0, k.shape[0])
     outputs, lses = [], []
-    for row_q, row_range in zip(q, kv_range, strict=True):
-        row_range = row_range.tolist()
-        visible = [(start, end) for start, end in row_range if start < end]
+    # Read once for all rows, since the host waits for the device.
+    for row_q, row_range, bounds in zip(q, kv_range, kv_range.tolist(), strict=True):
+        visible = [(start, end) for start, end in bounds if start < end]
         first = min((start for start, _ in visible), default=0)
         last = max((end for _, end in visible), default=0)
         row_k = k[first:last].repeat_interleave(group, dim=1)  # [L, Hq, D]
         row_v = v[first:last].repeat_interleave(group, dim=1)
-        intervals = torch.tensor(row_range, device=q.device).view(-1, 2) - first
-        mask = interval_mask(intervals, last - first)  # [T, L]
+        mask = interval_mask(row_range - first, last - first)  # [T, L]
         scores = torch.einsum("thd,lhd->htl", row_q, row_k).to(wide) * scale  # [Hq, T, L]
         scores = scores.masked_fill(~mask, float("-inf"))
         lse = torch.logsumexp(scores, dim=-1)  # [Hq, T]

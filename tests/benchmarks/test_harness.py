@@ -68,7 +68,7 @@ def test_a_wrong_implementation_gets_no_figure(backward):
 
     @register_implementation("subimage_attention", "wrong scale")
     def wrong_scale(case, inputs):
-        return lambda: naive(inputs["q"] * 1.01, inputs["k"], inputs["v"])
+        return lambda: naive(*(inputs["qkv"] * torch.tensor([1.01, 1, 1]).view(3, 1, 1)).unbind(2))
 
     wrong = measure("wrong scale", backward)
     assert wrong.failed and "FAILED the check: out" in wrong.remark
@@ -87,7 +87,11 @@ def test_a_wrong_gradient_gets_no_figure():
 
     @register_implementation("subimage_attention", "wrong gradient")
     def wrong_gradient(case, inputs):
-        return lambda: naive(inputs["q"], Wrong.apply(inputs["k"]), inputs["v"])
+        def run():
+            q, k, v = inputs["qkv"].unbind(2)
+            return naive(q, Wrong.apply(k), v)
+
+        return run
 
     wrong = measure("wrong gradient", backward=True)
     assert wrong.failed and wrong.median_ms is None and "FAILED the check: dk" in wrong.remark

@@ -328,6 +328,7 @@ def test_captured_graphs_follow_the_mask(monkeypatch):
     *tensors, kv_range = (tensor.cuda() for tensor in attention_inputs())
     mask, module = mask_of_intervals(kv_range, 7), TinyCrossAttention()
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream), torch.no_grad():
         attention_forward(module, *tensors, mask)  # the mask's intervals are known now
     torch.cuda.synchronize()

@@ -1,0 +1,454 @@
+"""A CUDA device without a GPU: shapes, dtypes, strides, memory and what a graph may capture, but no numbers.
+
+Every tensor "on CUDA" is a meta tensor that says it is on ``cuda:0``; PyTorch's own fake CUDA tensors cannot go through
+autograd on a machine without a driver. Small integer and boolean tensors carry their values along, computed on the CPU,
+so that what the host reads of them (intervals, counts of images) is right.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import traceback
+import types
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+from torch.nn.attention import flex_attention
+from torch.overrides import TorchFunctionMode
+from torch.utils import _device
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+
+from infimm_fast.kernels.common import launch
+from infimm_fast.kernels.common.offline import recorded_launches
+from infimm_fast.testing import Errors
+
+CUDA, META = torch.device("cuda", 0), torch.device("meta")
+NAME, MEMORY = "Dry H100", 78 * 2**30
+_MOST_VALUES = 2**14
+_aten = torch.ops.aten
+# What reads values on the host, so that the host waits; none of it can be captured.
+_READERS = {
+    _aten._local_scalar_dense.default,
+    _aten.equal.default,
+    _aten.is_nonzero.default,
+    _aten.nonzero.default,
+    _aten.masked_select.default,
+    _aten.unique_dim.default,
+    _aten._unique2.default,
+    _aten.bincount.default,
+    _aten.repeat_interleave.Tensor,
+}
+_UNSET = {_aten.empty.memory_format, _aten.empty_strided.default, _aten.new_empty.default, _aten.empty_like.default}
+_COPIES = {_aten._to_copy.default, _aten.copy_.default}
+# These take indices from the host, which are copied first.
+_INDEXERS = {_aten.index.Tensor, _aten.index_put_.default, _aten._index_put_impl_.default, _aten.index_put.default}
+
+
+def _is_meta(tensor: torch.Tensor) -> bool:
+    # Not by the attribute, which says something else while this is in force.
+    return torch._C._dispatch_keys(tensor).has(torch._C.DispatchKey.Meta)
+
+
+class CaptureError(RuntimeError):
+    """What CUDA would refuse while a graph is captured."""
+
+
+def compare_shapes(name: str, actual: torch.Tensor, plain: torch.Tensor, exact: torch.Tensor) -> Errors:
+    """Stand in for the error budget: what would be compared fits together."""
+    assert actual.shape == plain.shape == exact.shape, f"{name}: {actual.shape}, {plain.shape}, {exact.shape}"
+    assert actual.device == plain.device == exact.device, f"{name}: {actual.device}, {plain.device}, {exact.device}"
+    assert actual.dtype == plain.dtype or plain.dtype == torch.float32, f"{name}: {actual.dtype}, {plain.dtype}"
+    return Errors(0.0, 0.0, 1.0, 1.0)
+
+
+class DryCuda(TorchDispatchMode):
+    """Follows every operator; see the module.
+
+    Attributes:
+        capturing: whether a graph is being captured.
+        timing: name of what is being timed, or None; the host may not wait then.
+        waits: (what was timed, operator, place in the source) of each time that the host waited while timing.
+        launches: names of the kernels that operators would have launched.
+        allocated: bytes of all tensors that are alive.
+        peak: most of them since it was set last.
+        memory: bytes of the device.
+        inside: whether an operator runs on the meta device, where tensors must say so.
+    """
+
+    def __init__(self, memory: int = MEMORY) -> None:
+        super().__init__()
+        self.capturing, self.first_node = False, 0
+        self.timing: str | None = None
+        self.waits: list[tuple[str, str, str]] = []
+        self.launches: list[str] = []
+        self.allocated = self.peak = 0
+        self.memory = memory
+        self.inside = False
+        self._shapes: dict[Any, list[tuple[Any, ...]]] = {}
+        self._storages: set[int] = set()
+        self._functions = _Redirect()
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # nothing is compiled here, and the wrapper would cost a tenth of the time
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        tensors = list(_tensors((*args, *kwargs.values())))
+        here = [tensor for tensor in tensors if _is_meta(tensor)]
+        target = kwargs.get("device")
+        if not here and (target is None or target.type != "meta"):
+            return func(*args, **kwargs)
+        self._check(func, args, kwargs, here, [tensor for tensor in tensors if not _is_meta(tensor) and tensor.dim()])
+        if func.namespace == "infimm_fast":
+            return self._run_operator(func, args, kwargs)
+        if func is _aten._to_copy.default and here and target is not None and target.type == "cpu":
+            return _values_of(here[0]).to(kwargs.get("dtype") or here[0].dtype, copy=True)
+        if func is _aten._local_scalar_dense.default:
+            return _values_of(here[0], otherwise=1).item()
+        if func in _READERS:
+            values = _follow_values(func, args, kwargs)
+            result = tree_map_only(torch.Tensor, lambda value: value.to(META), values)
+        else:
+            result = self._shape(func, args, kwargs)
+            values = _follow_values(func, args, kwargs) if _has_values(func, result, here) else None
+            if func is _aten.argmax.default:
+                values = torch.zeros(result.shape, dtype=result.dtype)
+        for index, made in enumerate(_tensors((result,))):
+            # None for a tensor that has just been overwritten with what is not known.
+            made._dry_values = list(_tensors((values,)))[index] if values is not None else None  # type: ignore[attr-defined]
+        self._count(result)
+        return result
+
+    def _shape(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Run an operator on the meta device, whose kernels must find their tensors there; once for each set of shapes."""
+        schema = func._schema
+        fresh = not any(one.alias_info for one in (*schema.arguments, *schema.returns))
+        key = (func, _signature(args), _signature(kwargs.items()), torch.get_default_dtype()) if fresh else None
+        if key in self._shapes:
+            made = [torch.empty_strided(size, stride, dtype=dtype, device=META) for size, stride, dtype in self._shapes[key]]
+            return made[0] if len(made) == 1 else tuple(made)
+        before, self.inside = self.inside, True
+        try:
+            result = func(*args, **kwargs)
+        finally:
+            self.inside = before
+        made = result if isinstance(result, tuple) else (result,)
+        if fresh and all(isinstance(one, torch.Tensor) for one in made):
+            self._shapes[key] = [(one.shape, one.stride(), one.dtype) for one in made]
+        return result
+
+    def _check(self, func: Any, args: Any, kwargs: Any, here: list[torch.Tensor], elsewhere: list[torch.Tensor]) -> None:
+        """Refuse what a GPU would: tensors of two devices, and under capture whatever makes the host wait."""
+        reads = func in _READERS or (
+            func in _INDEXERS and any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1])
+        )
+        target = func is _aten._to_copy.default and kwargs.get("device")
+        moves = (bool(here) and bool(elsewhere)) or (bool(target) and (target.type == "meta") != bool(here))
+        if moves and func not in _COPIES and func not in _INDEXERS:
+            raise RuntimeError(f"{func}: expected all tensors to be on the same device, but some are on cuda, others on cpu")
+        # A copy of nothing returns at once.
+        if reads or (moves and (func not in _COPIES or args[0].numel())):
+            self.wait(str(func))
+
+    def wait(self, what: str) -> None:
+        """Note that the host waits for the device; under capture that is an error."""
+        if self.capturing:
+            raise CaptureError(f"{what} while a graph is captured, {_place()}")
+        if self.timing is not None:
+            self.waits.append((self.timing, what, _place()))
+
+    def _run_operator(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Run an operator's own implementation, and compare what it allocates with what its fake promises."""
+        promised = self._shape(func, args, kwargs)
+        definition = torch._library.custom_ops.OPDEFS[func.name()]
+        with self, self._functions, recorded_launches() as launches:
+            result = definition._init_fn(*args, **kwargs)
+        # Without their tensors, which would stay in memory.
+        self.launches += [one.kernel.__name__ for one in launches]
+        for made, expected in zip(_tensors((result,)), _tensors((promised,)), strict=True):
+            found = tuple((x.shape, x.stride(), x.dtype, x.device) for x in (made, expected))
+            assert found[0] == found[1], f"{func} returns {found[0]}, its fake {found[1]}"
+        return result
+
+    def _count(self, result: Any) -> None:
+        for tensor in _tensors((result,)):
+            if _is_meta(tensor):
+                storage = tensor.untyped_storage()
+                if storage._cdata not in self._storages:
+                    self._allocate(storage)
+
+    def _allocate(self, storage: torch.UntypedStorage) -> None:
+        # The caching allocator rounds to 512 bytes.
+        key, nbytes = storage._cdata, -(-storage.nbytes() // 512) * 512
+        if self.allocated + nbytes > self.memory:
+            gc.collect()
+        if self.allocated + nbytes > self.memory:
+            used = f"{self.allocated / 2**30:.1f} of {self.memory / 2**30:.1f} GiB"
+            raise torch.cuda.OutOfMemoryError(f"tried to allocate {nbytes / 2**30:.1f} GiB with {used} in use, {_place()}")
+        self._storages.add(key)
+        self.allocated += nbytes
+        self.peak = max(self.peak, self.allocated)
+        weakref.finalize(storage, self._release, key, nbytes)
+
+    def _release(self, key: int, nbytes: int) -> None:
+        self._storages.discard(key)
+        self.allocated -= nbytes
+
+
+class _Redirect(TorchFunctionMode):
+    """Turns ``device="cuda"`` into the meta device on the way into PyTorch, and reading into operators."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if func in (torch.tensor, torch.as_tensor) and _is_cuda(kwargs.get("device")):
+            # As on a real GPU: made on the host, then copied.
+            return func(*args, **kwargs | {"device": "cpu"}).to(META)
+        if func in (torch.Tensor.tolist, torch.Tensor.numpy) and _is_meta(args[0]):
+            return func(args[0].to("cpu"))
+        if func is torch.Tensor.cuda:
+            return args[0].to(META)
+        if func is torch.Tensor.__deepcopy__ and type(args[0]) is torch.Tensor:
+            return args[1].setdefault(id(args[0]), args[0].detach().clone().requires_grad_(args[0].requires_grad))
+        if func in (torch.Tensor.__getitem__, torch.Tensor.__setitem__) and _is_meta(args[0]):
+            index = args[1] if isinstance(args[1], tuple) else (args[1],)
+            # PyTorch makes a tensor of a list out of sight.
+            args = (args[0], tuple(torch.tensor(one) if isinstance(one, list) else one for one in index), *args[2:])
+        if func is torch.Tensor.to or any(isinstance(arg, torch.device) for arg in args):
+            args = tuple(_redirect(arg) for arg in args)
+        if "device" in kwargs:
+            kwargs["device"] = _redirect(kwargs["device"])
+        elif _by_default_on_cuda(func):
+            kwargs["device"] = META
+        if kwargs.get("device") == META or (args and isinstance(args[0], torch.Tensor) and _is_meta(args[0])):
+            kwargs.pop("generator", None)
+        return func(*args, **kwargs)
+
+
+def _is_cuda(device: Any) -> bool:
+    return device is not None and torch.device(device).type == "cuda"
+
+
+def _redirect(device: Any) -> Any:
+    return META if isinstance(device, (str, torch.device)) and _is_cuda(device) else device
+
+
+def _by_default_on_cuda(func: Any) -> bool:
+    """Whether a function makes a tensor below ``with torch.device("cuda")``, which PyTorch resolves after `_Redirect`."""
+    default = _device.CURRENT_DEVICE
+    return default is not None and default.type == "cuda" and func in _device._device_constructors()
+
+
+def _tensors(values: Any) -> Iterator[torch.Tensor]:
+    """Yield the tensors in arguments or results."""
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            yield value
+        elif isinstance(value, (list, tuple)):
+            yield from _tensors(value)
+
+
+def _values_of(tensor: torch.Tensor, otherwise: int = 0) -> torch.Tensor:
+    """Return what the host reads: known values, or the same number for all results of floating-point operations."""
+    values = getattr(tensor, "_dry_values", None)
+    if values is None and not (tensor.is_floating_point() or tensor.dtype == torch.bool):
+        raise RuntimeError(f"the host reads {tensor.dtype} {list(tensor.shape)}, whose values are not known, {_place()}")
+    return torch.full(tensor.shape, otherwise, dtype=tensor.dtype) if values is None else values
+
+
+def _signature(value: Any) -> Any:
+    """Return what the shape of an operator's result may depend on."""
+    if isinstance(value, torch.Tensor):
+        return _is_meta(value), value.dtype, value.shape, value.stride()
+    if isinstance(value, (list, tuple, type({}.items()))):
+        return tuple(_signature(one) for one in value)
+    return type(value), value
+
+
+def _has_values(func: Any, result: Any, here: list[torch.Tensor]) -> bool:
+    """Whether the values of an operator's results are followed: few integers, made of known ones."""
+    small = all(not x.is_floating_point() and x.numel() <= _MOST_VALUES for x in _tensors((result,)))
+    return small and all(getattr(tensor, "_dry_values", None) is not None for tensor in here) and func not in _UNSET
+
+
+def _follow_values(func: Any, args: Any, kwargs: Any) -> Any:
+    """Run an operator on the CPU, on the values of its arguments."""
+    args, kwargs = tree_map_only(torch.Tensor, lambda x: _values_of(x) if _is_meta(x) else x, (args, kwargs))
+    args, kwargs = tree_map_only(torch.device, lambda device: torch.device("cpu"), (args, kwargs))
+    return func(*args, **kwargs)
+
+
+def _place() -> str:
+    """Return where in the library, its benchmarks or Transformers the innermost call was made."""
+    for frame in reversed(traceback.extract_stack()):
+        if "dry_cuda" not in frame.filename and any(part in frame.filename for part in _PLACES):
+            return f"at {frame.filename.rpartition('/')[2]}:{frame.lineno} ({frame.name})"
+    return "at an unknown place"
+
+
+_PLACES = ("/infimm_fast/", "/kernels/", "/benchmarks/", "/transformers/", "/tests/", "/export/")
+
+
+class _Attention(torch.autograd.Function):
+    """PyTorch's fused attention as far as shapes and memory go: no scores; the output lies as CUDA's kernels leave it."""
+
+    @staticmethod
+    def forward(ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(q, k, v)
+        batch, heads, tokens, _ = q.shape
+        return q.new_empty(batch, tokens, heads, v.shape[-1]).transpose(1, 2)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return tuple(torch.empty_like(x) for x in ctx.saved_tensors)
+
+
+def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, attn_mask: torch.Tensor | None = None, *args: Any, **kw: Any):
+    if not _is_meta(q):
+        return _SDPA(q, k, v, attn_mask, *args, **kw)
+    assert q.dtype == k.dtype == v.dtype and k.shape[:3] == v.shape[:3] and q.shape[-1] == k.shape[-1], "SDPA's arguments"
+    assert q.shape[1] == k.shape[1] or (kw.get("enable_gqa") and q.shape[1] % k.shape[1] == 0), "SDPA's heads"
+    if attn_mask is not None:
+        assert _is_meta(attn_mask) and attn_mask.dtype in (torch.bool, q.dtype), "SDPA's mask"
+        scores = (*q.shape[:3], k.shape[2])
+        assert torch.broadcast_shapes(attn_mask.shape, scores) == scores, "SDPA's mask"
+    return _Attention.apply(q, k, v)
+
+
+def _attend_flexibly(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, block_mask: Any = None, **options: Any):
+    if block_mask is not None:
+        assert block_mask.shape[-2:] == (q.shape[2], k.shape[2]) and _is_meta(block_mask.kv_indices), "FlexAttention's mask"
+    return _attend(q, k, v, **options)
+
+
+_SDPA = F.scaled_dot_product_attention
+
+
+class _Event:
+    def __init__(self, enable_timing: bool = False) -> None:
+        assert enable_timing
+        self.recorded = False
+
+    def record(self, stream: Any = None) -> None:
+        self.recorded = True
+
+    def elapsed_time(self, end: _Event) -> float:
+        assert self.recorded and end.recorded
+        return 1.0
+
+
+class _Stream:
+    def wait_stream(self, stream: _Stream) -> None:
+        pass
+
+
+class _Graph:
+    captured = False
+
+    def replay(self) -> None:
+        assert self.captured, "a graph is replayed that was never captured"
+
+
+class _Generator(torch.Generator):
+    def __new__(cls, device: Any = "cpu") -> torch.Generator:
+        return super().__new__(cls, "cpu")
+
+
+_GRAD = torch.autograd.grad
+
+
+def _differentiate(dry: DryCuda, outputs: Any, *args: Any, **options: Any) -> tuple[torch.Tensor, ...]:
+    """Refuse to capture the backward pass of what was run before the capture: it belongs to another stream."""
+    waiting, seen = [tensor.grad_fn for tensor in _tensors((outputs,))], set()
+    while dry.capturing and waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if "AccumulateGrad" not in node.name() and node._sequence_nr() < dry.first_node:
+            raise CaptureError(f"the backward pass of {node.name()}, which ran before the graph was captured, {_place()}")
+        waiting += [following for following, _ in node.next_functions]
+    return _GRAD(outputs, *args, **options)
+
+
+@contextlib.contextmanager
+def dry_cuda(memory: int = MEMORY) -> Iterator[DryCuda]:
+    """Pretend that this machine has a GPU; nothing that runs on it computes, launches or compiles anything.
+
+    Args:
+        memory: of the GPU, bytes; more than that is an `OutOfMemoryError`.
+    """
+    dry = DryCuda(memory)
+    cuda = {
+        "is_available": lambda: True,
+        "is_initialized": lambda: True,
+        "current_device": lambda: 0,
+        "device_count": lambda: 1,
+        "device": lambda device: contextlib.nullcontext(),
+        "get_device_name": lambda device=None: NAME,
+        "get_device_capability": lambda device=None: (9, 0),
+        "get_device_properties": lambda device=None: types.SimpleNamespace(
+            name=NAME, L2_cache_size=50 * 2**20, multi_processor_count=132, total_memory=dry.memory, major=9, minor=0
+        ),
+        "mem_get_info": lambda device=None: (dry.memory - dry.allocated, dry.memory),
+        "memory_allocated": lambda device=None: dry.allocated,
+        "max_memory_allocated": lambda device=None: dry.peak,
+        "reset_peak_memory_stats": lambda device=None: setattr(dry, "peak", dry.allocated),
+        "empty_cache": lambda: None,
+        "synchronize": lambda device=None: dry.wait("torch.cuda.synchronize"),
+        "is_current_stream_capturing": lambda: dry.capturing,
+        "current_stream": lambda device=None: _Stream(),
+        "stream": lambda stream: contextlib.nullcontext(),
+        "Stream": _Stream,
+        "Event": _Event,
+        "CUDAGraph": _Graph,
+        "graph": lambda graph, **options: _captures(dry, graph),
+    }
+    device = property(lambda tensor: CUDA if _is_meta(tensor) and not dry.inside else _true_device(tensor))
+    with contextlib.ExitStack() as stack:
+        for name, stand_in in cuda.items():
+            stack.enter_context(mock.patch.object(torch.cuda, name, stand_in))
+        for owner, name, stand_in in (
+            (torch.Tensor, "device", device),
+            (torch.Tensor, "is_cuda", property(lambda tensor: _is_meta(tensor) and not dry.inside)),
+            (torch.Tensor, "is_meta", property(lambda tensor: _is_meta(tensor) and dry.inside)),
+            (torch, "Generator", _Generator),
+            (torch.autograd, "grad", lambda outputs, *args, **options: _differentiate(dry, outputs, *args, **options)),
+            (torch, "compile", _keep),
+            (torch.nn.Module, "compile", lambda module, **options: None),
+            (F, "scaled_dot_product_attention", _attend),
+            (flex_attention, "flex_attention", _attend_flexibly),
+        ):
+            stack.enter_context(mock.patch.object(owner, name, stand_in))
+        stack.enter_context(recorded_launches())
+        stack.callback(launch._device_capability.cache_clear)
+        launch._device_capability.cache_clear()
+        stack.enter_context(dry._functions)
+        stack.enter_context(dry)
+        yield dry
+
+
+_true_device = torch._C.TensorBase.device.__get__  # type: ignore[attr-defined]
+
+
+def _keep(function: Callable | None = None, **options: Any) -> Callable:
+    return function if function is not None else lambda inner: inner
+
+
+@contextlib.contextmanager
+def _captures(dry: DryCuda, graph: _Graph) -> Iterator[None]:
+    with torch.enable_grad():
+        # Numbers of autograd's nodes rise.
+        dry.first_node = torch.ones((), requires_grad=True).exp().grad_fn._sequence_nr()
+    dry.capturing = True
+    try:
+        yield
+    finally:
+        dry.capturing = False
+    graph.captured = True

@@ -1,0 +1,39 @@
+"""A plugin of pytest that runs GPU tests on `dry_cuda`'s device: what they check of shapes, dtypes and devices."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+
+from infimm_fast import testing
+from infimm_fast.testing import load_file
+
+DRY = load_file(Path(__file__).with_name("dry_cuda.py"))
+
+
+def _same_kind(actual: Any, expected: Any, **tolerances: Any) -> bool:
+    pairs = zip(actual, expected, strict=True) if isinstance(actual, (list, tuple)) else [(actual, expected)]
+    for one, other in pairs:
+        assert (one.shape, one.dtype, one.device) == (other.shape, other.dtype, other.device), f"{one} and {other}"
+    return True
+
+
+# Before tests are imported: they ask for a GPU then, and take the function by name.
+torch.cuda.is_available = lambda: True
+testing.assert_error_budget = DRY.compare_shapes
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
+    """Run a test on the pretended device."""
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(DRY.dry_cuda())
+        stack.enter_context(mock.patch.object(torch, "equal", _same_kind))
+        stack.enter_context(mock.patch.object(torch.testing, "assert_close", _same_kind))
+        return (yield)

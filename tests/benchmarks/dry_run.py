@@ -1,0 +1,101 @@
+"""Runs the benchmarks on `dry_cuda`'s device: everything that surrounds the numbers."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+from infimm_fast.benchmarks import harness, registry, timing
+from infimm_fast.benchmarks.registry import Case, Implementation, Inputs, Op, Prepared
+from infimm_fast.benchmarks.suites import end_to_end, gated_cross_attention, language, model
+from infimm_fast.configuration_infimm_hd import InfiMMHDConfig
+from infimm_fast.image_processing_infimm_hd import InfiMMHDImageProcessor
+from infimm_fast.testing import load_file
+
+DRY = load_file(Path(__file__).with_name("dry_cuda.py"))
+_CACHES = (model.load_model, model._slice_model, model._slice_references, model._check_ops, model._check_slice)
+
+
+def shallow(preset: Callable[[str], InfiMMHDConfig], vision_layers: int, text_layers: int) -> Callable:
+    """Return `preset` with few layers and one gated block: every layer is the same work for the host."""
+
+    def shallow_preset(name: str) -> InfiMMHDConfig:
+        config = preset(name)
+        config.vision_config.num_hidden_layers, config.text_config.num_hidden_layers = vision_layers, text_layers
+        config.cross_attention_every_n_layers, config.vision_feature_layer = text_layers, -1
+        return config
+
+    return shallow_preset
+
+
+def _remember(process: Callable) -> Callable:
+    """Return `process` with its results kept by the number of pictures: they take seconds, and their values no part."""
+    known: dict[int, Any] = {}
+
+    def remembered(processor: Any, pictures: list[Any], *args: Any, **kwargs: Any) -> Any:
+        if len(pictures) not in known:
+            known[len(pictures)] = process(processor, pictures, *args, **kwargs)
+        return known[len(pictures)]
+
+    return remembered
+
+
+@contextlib.contextmanager
+def dry_benchmarks(depth: tuple[int, int] | None = (1, 2), **options: Any) -> Iterator[Any]:
+    """Pretend that there is a GPU, and let the benchmarks compare shapes in place of numbers.
+
+    Args:
+        depth: layers of tower and language model, with batches of two at most and two text lengths; or None for the whole
+            plan, which takes some minutes.
+        **options: see `dry_cuda`.
+    """
+    registry.load_suites()
+    with contextlib.ExitStack() as stack:
+        dry = stack.enter_context(DRY.dry_cuda(**options))
+        patches: list[tuple[Any, str, Any]] = [
+            (registry, "assert_error_budget", DRY.compare_shapes),
+            (model, "assert_error_budget", DRY.compare_shapes),
+            # Unknown scalars read as 1.
+            (model, "DEVIATIONS", dict.fromkeys(model.DEVIATIONS, 1.0)),
+            (timing, "WARM_UPS", 0),
+            (timing, "MIN_SAMPLES", 1),
+            (timing, "MAX_INPUT_SETS", 2),
+            (InfiMMHDImageProcessor, "__call__", _remember(InfiMMHDImageProcessor.__call__)),
+            (end_to_end, "load_image", functools.cache(end_to_end.load_image)),
+            (harness, "prepare", _watched(dry)),
+            (harness, "pinned_threads", contextlib.nullcontext),
+        ]
+        if depth is not None:
+            patches += [(module, "preset", shallow(registry.preset, *depth)) for module in (registry, model, end_to_end)]
+            patches += [(module, "_BATCHES", (1, 2)) for module in (end_to_end, language)]
+            patches += [(gated_cross_attention, "PREFILL_TOKENS", (128, 2048))]
+        for owner, name, value in patches:
+            stack.enter_context(mock.patch.object(owner, name, value))
+        for cache in _CACHES:
+            cache.cache_clear()
+            stack.callback(cache.cache_clear)
+        yield dry
+
+
+def _watched(dry: Any) -> Callable[[Op, Case, Implementation, Inputs], Prepared]:
+    """Return `prepare` whose runs note when they make the host wait."""
+
+    def prepare(op: Op, case: Case, implementation: Implementation, inputs: Inputs) -> Prepared:
+        prepared = registry.prepare(op, case, implementation, inputs)
+        label = f"{op.name}, {case.name}: {implementation.name}"
+
+        def run() -> Any:
+            dry.timing = label
+            try:
+                return prepared.run()
+            finally:
+                dry.timing = None
+
+        return replace(prepared, run=run)
+
+    return prepare

@@ -1,0 +1,157 @@
+"""The GPU benchmarks and GPU tests on a pretended GPU: everything but the numbers.
+
+What fails here would fail on the first GPU: a tensor left on the CPU, a renamed input, shapes that do not fit, a captured
+run that makes the host wait, more memory than there is.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from infimm_fast.benchmarks import SECTIONS, document, harness
+from infimm_fast.benchmarks.ceilings import Ceilings
+from infimm_fast.benchmarks.harness import Settings
+from infimm_fast.benchmarks.registry import IMPLEMENTATIONS, OPS, Case, Implementation, Inputs, Run, load_suites, prepare
+from infimm_fast.benchmarks.report import CaseResult, Report
+from infimm_fast.benchmarks.run import GPU_PRESET, make_plan, run_and_store
+from infimm_fast.benchmarks.timing import Timer
+from infimm_fast.testing import load_file
+
+pytest.importorskip("triton")
+HERE = Path(__file__).parent
+DRY_RUN = load_file(HERE / "dry_run.py")
+SHARES = (("ops",), ("cross",), ("vision", "prefill", "decode"), ("preprocess", "e2e"))
+# Mistral's cache has a sliding window, and its tower RoPE and a resampler behind it.
+ZEPHYR = "infimm-zephyr-7b"
+# Why a peer may have no figure.
+REASONS = ("on the main cases only", "has no mask", "not installed: No module named 'liger_kernel'")
+
+
+def check_rows(case: CaseResult) -> None:
+    """Every implementation ran, and every one that can be captured was."""
+    known, wall_clock = IMPLEMENTATIONS[case.op], OPS[case.op].wall_clock
+    for row in case.rows:
+        where = f"{case.op}, {case.case}, {row.implementation}, {row.mode}: {row.remark}"
+        assert not row.failed and not (row.ours and row.remark), where
+        assert row.median_ms is not None or any(reason in row.remark for reason in REASONS), where
+    timed = {row.implementation for row in case.rows if row.median_ms is not None}
+    captured = {row.implementation for row in case.rows if row.mode == "graph"}
+    assert captured == {name for name in timed if known[name].graph and not wall_clock}, f"{case.op}, {case.case}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("preset", "sections"),
+    [*((GPU_PRESET, sections) for sections in SHARES), (ZEPHYR, ("prefill",))],
+    ids=lambda value: value if isinstance(value, str) else "-".join(value),
+)
+def test_the_plan_of_a_gpu(preset: str, sections: tuple[str, ...], tmp_path: Path) -> None:
+    """The real plan, at the real widths: inputs, references, runs, stages, graphs, report, tables, pictures and page."""
+    pytest.importorskip("matplotlib")
+    with DRY_RUN.dry_benchmarks() as dry:
+        plan = make_plan(preset)
+        against = ("sdpa",) if preset == ZEPHYR else None
+        assert run_and_store(Settings(sections, plan, 0.0, against=against), tmp_path, plot=True) == 0
+        expected = {(op.name, case.name) for op in OPS.values() if op.section in sections for case in op.cases(plan)}
+    (file,) = tmp_path.glob("*.json")
+    report = Report.load(file)
+    assert {(case.op, case.case) for case in report.cases} == expected and not report.left_out
+    for case in report.cases:
+        check_rows(case)
+    # The host's clock times what the host does; the plain statement of cross-attention reads its intervals.
+    assert not [
+        wait for wait in dry.waits if not wait[0].startswith(("preprocess", "end_to_end")) and ": naive" not in wait[0]
+    ]
+    assert len(dry.launches) > 10 * ("preprocess" not in sections)
+    assert list(tmp_path.glob("*.png")) and DRY_RUN.DRY.NAME in document.render({"dry": report})
+
+
+def test_every_section_is_run() -> None:
+    # Exported models run on runtimes of their own.
+    assert {section for share in SHARES for section in share} == set(SECTIONS) - {"export"}
+
+
+def test_a_step_from_a_cache_with_a_window_is_the_same_every_time() -> None:
+    load_suites()
+    op, plan = OPS["decode_step"], make_plan("tiny-zephyr", device="cpu")
+    case = op.cases(plan)[0]
+    inputs = op.make_inputs(case, plan.device, seed=0)
+    run = prepare(op, case, IMPLEMENTATIONS[op.name]["sdpa"], inputs).run
+    assert inputs["model"].config.text_config.sliding_window and torch.equal(run(), run())
+
+
+def _from_the_host(case: Case, inputs: Inputs) -> Run:
+    from infimm_fast.benchmarks.suites.subimage_attention import naive
+
+    return lambda: naive(*inputs["qkv"].unbind(2)) * torch.ones(112, dtype=case.torch_dtype).to("cuda")
+
+
+def _on_two_devices(case: Case, inputs: Inputs) -> Run:
+    return lambda: inputs["q"] * torch.ones(112)
+
+
+def _renamed(case: Case, inputs: Inputs) -> Run:
+    return lambda: inputs["query"]
+
+
+def _transposed(case: Case, inputs: Inputs) -> Run:
+    return lambda: inputs["q"].transpose(1, 2)
+
+
+def _history(case: Case, inputs: Inputs) -> Run:
+    q, k, v = inputs["qkv"].unbind(2)
+    return lambda: q * k * v
+
+
+@pytest.mark.parametrize(
+    ("prepare", "backward", "remark"),
+    [
+        (_from_the_host, False, "CaptureError: aten._to_copy.default while a graph is captured, at test_dry_run.py"),
+        (_on_two_devices, False, "expected all tensors to be on the same device"),
+        (_renamed, False, "KeyError: 'query'"),
+        (_transposed, False, "FAILED the check: out: "),
+        (_history, True, "CaptureError: the backward pass of"),
+    ],
+)
+def test_mistakes_are_found(prepare: Callable[[Case, Inputs], Run], backward: bool, remark: str) -> None:
+    with DRY_RUN.dry_benchmarks() as dry:
+        op, plan = OPS["subimage_attention"], make_plan(tiles=(1,))
+        case = next(case for case in op.cases(plan) if case.backward == backward)
+        timer, one = Timer(plan.device, 0.0), Implementation("one", prepare, ours=True)
+        result = harness.run_case(op, case, [one], timer, Ceilings(1.0, 1.0))
+    assert remark in result.rows[-1].remark
+    assert len(dry.waits) == (prepare is _from_the_host) * 4
+
+
+def test_memory_that_is_not_there_is_found() -> None:
+    with DRY_RUN.dry_benchmarks(memory=2**30):
+        op, plan = OPS["subimage_attention"], make_plan()
+        case = next(case for case in op.cases(plan) if case.backward)
+        ones = [IMPLEMENTATIONS[op.name][name] for name in ("naive", "infimm_fast")]
+        result = harness.run_case(op, case, ones, Timer(plan.device, 0.0), Ceilings(1.0, 1.0))
+    assert {row.remark for row in result.rows} == {"does not run: out of memory for inputs and reference"}
+
+
+@pytest.mark.slow
+def test_the_tests_that_need_a_gpu() -> None:
+    """They run up to their comparisons; which of them do is the choice below, of every kind some."""
+    files = [f"ops/test_{op}_gpu.py" for op in ("gated_cross_attention", "gated_residual", "subimage_attention")]
+    files += ["model/test_perceiver.py", "integrations/test_cross_attention.py", "export/test_kernels.py"]
+    chosen = "graph or beyond or real_sizes or entries or flags or packed or (views and 100) or nothing_to_see"
+    command = [sys.executable, "-m", "pytest", "-p", "dry_plugin", "-q", "-m", "gpu", "-k", chosen]
+    done = subprocess.run(
+        [*command, *(str(HERE.parent / file) for file in files)],
+        env=os.environ | {"PYTHONPATH": str(HERE)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout
+    assert " skipped" not in done.stdout and int(done.stdout.rsplit(" passed", 1)[0].rsplit(maxsplit=1)[-1]) > 40
