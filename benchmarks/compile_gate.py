@@ -2,8 +2,9 @@
 
 The real launchers run on meta tensors with the strides a model produces; each launch is recorded instead of executed and
 compiled as Triton would at run time (`kernels/common/offline.py`). The compiled code is then read back: registers, shared
-memory, spills (local memory instructions), widths of global accesses, warp-group matrix instructions. Which launches, and
-what their code must hold, is written down for each op in `compile_gate_ops.py`.
+memory, spills (local memory instructions), widths of global accesses, warp-group matrix instructions and whether the hot
+loop waits for each of them. Which launches, and what their code must hold, is written down for each op in
+`compile_gate_ops.py`.
 
 Run ``python -m infimm_fast.benchmarks.compile_gate --out benchmarks/results/compile_gate.json``.
 """
@@ -14,10 +15,7 @@ import argparse
 import json
 import os
 import platform
-import re
-import subprocess
 import sys
-import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
@@ -28,27 +26,32 @@ from typing import Any
 import torch
 
 from infimm_fast.benchmarks.compile_gate_ops import DTYPES, OPS, Job
+from infimm_fast.benchmarks.machine_code import hot_loop, mix_of, read_kernel, serialised
 from infimm_fast.kernels.common.configs import ARCHITECTURES
 from infimm_fast.kernels.common.launch import LaunchConfig
 from infimm_fast.kernels.common.offline import Launch, compile_triton, recorded_launches, source_of
 
 # Shared memory that one block may use, bytes (CUDA programming guide, technical specifications per compute capability).
 SHARED_LIMIT = {80: 166912, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
-# Bytes of a memory instruction by its modifier; 4 without one.
-WIDTHS = {"128": 16, "64": 8, "U16": 2, "S16": 2, "U8": 1, "S8": 1}
 # Rows of the accumulator of a warp group's matrix instruction.
 WGMMA_ROWS = 64
 
 
 @dataclass(frozen=True)
 class Code:
-    """What the compiled code holds. Accesses are instructions on global memory, by their width in bytes."""
+    """What the compiled code holds.
+
+    Accesses are instructions on global memory, by their width in bytes; `loop_wgmma` and `loop_waits` are the warp-group
+    matrix instructions of the hot loop and the waits for them.
+    """
 
     registers: int
     shared: int
     spills: int
     accesses: dict[int, int]
     wgmma: int
+    loop_wgmma: int = 0
+    loop_waits: int = 0
 
 
 @dataclass(frozen=True)
@@ -71,25 +74,19 @@ def record(job: Job, config: LaunchConfig) -> Launch:
 
 def inspect_code(compiled: Any) -> Code:
     """Read a compiled kernel's machine code."""
-    import triton
-
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
-        cubin.write(compiled.asm["cubin"])
-        cubin.flush()
-        usage = subprocess.run([tool, "-res-usage", cubin.name], capture_output=True, text=True, check=True).stdout
-        sass = subprocess.run([tool, "-sass", cubin.name], capture_output=True, text=True, check=True).stdout
+    registers, code = read_kernel(compiled)
     accesses: dict[int, int] = {}
-    for modifiers in re.findall(r"\b(?:LDGSTS|LDG|STG)((?:\.\w+)*)", sass):
-        parts = modifiers.split(".")
-        width = next((WIDTHS[part] for part in parts if part in WIDTHS), 4)
+    for width in (one.global_bytes for one in code if one.global_bytes):
         accesses[width] = accesses.get(width, 0) + 1
+    loop = mix_of(hot_loop(code))
     return Code(
-        registers=max(int(count) for count in re.findall(r"REG:(\d+)", usage)),
+        registers=registers,
         shared=compiled.metadata.shared,
-        spills=len(re.findall(r"\b(?:LDL|STL)\b", sass)),
+        spills=sum(one.spills for one in code),
         accesses=accesses,
-        wgmma=len(re.findall(r"\bHGMMA\b", sass)),
+        wgmma=sum(mix_of(code).hgmma.values()),
+        loop_wgmma=sum(loop.hgmma.values()),
+        loop_waits=loop.waits,
     )
 
 
@@ -113,6 +110,8 @@ def judge(job: Job, config: LaunchConfig, code: Code) -> tuple[str, ...]:
         failures.append(f"{narrow} of the global accesses are narrower than 16 bytes")
     if job.arch == 90 and job.dtype != "fp32" and rules.tensor_rows >= WGMMA_ROWS and not code.wgmma:
         failures.append("no wgmma")
+    if job.arch == 90 and job.dtype != "fp32" and serialised(code.loop_wgmma, code.loop_waits):
+        failures.append(f"serialised: {code.loop_waits} waits for {code.loop_wgmma} wgmma in the loop")
     return tuple(failures)
 
 
@@ -148,7 +147,8 @@ def describe(verdict: Verdict) -> str:
     return (
         f"{job.op:<22}sm_{job.arch:<4}{job.kernel:<12}{job.variant:<8}{job.dtype:<5}D={job.width:<6}{tiles:<15}"
         f"{'+'.join(map(str, config.cover)):<9}reg {code.registers:<4}smem {code.shared / 1024:>5.1f}K  "
-        f"spill {code.spills:<3} wgmma {code.wgmma:<3} {widths:<28} {'; '.join(verdict.failures) or 'ok'}"
+        f"spill {code.spills:<3} wgmma {code.wgmma:<3} waits {code.loop_waits:<3}{widths:<28} "
+        f"{'; '.join(verdict.failures) or 'ok'}"
     )
 
 

@@ -227,9 +227,9 @@ def _residual_launch(job: Job, config: LaunchConfig) -> None:
 
 
 # The LayerNorm's backward of 8192 channels holds three fp32 sums beside its row, 16 of each for each of 512 threads, and no
-# thread of so many may have more than 128 registers.
+# thread of so many may have more than 128 registers. On 90 it is 54 with triton 3.6.
 _RESIDUAL_SPILLS = {
-    "bf16": {80: 50, 89: 50, 90: 50, 100: 46, 120: 60},
+    "bf16": {80: 50, 89: 50, 90: 54, 100: 46, 120: 60},
     "fp32": {80: 195, 89: 195, 90: 195, 100: 173, 120: 162},
 }
 
@@ -245,7 +245,8 @@ OPS: dict[str, Op] = {
         config=_subimage_config,
         launch=_subimage_launch,
         rules=_subimage_rules,
-        spills={("backward_kv", "bf16", 88, 120): 4},
+        # On 90 masked and with triton 3.6 only, one store before the loop and one load behind it.
+        spills={("backward_kv", "bf16", 88, 120): 4, ("backward_kv", "bf16", 88, 90): 2, ("backward_kv", "bf16", 96, 90): 2},
     ),
     "gated_cross_attention": Op(
         kernels={

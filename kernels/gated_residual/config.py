@@ -38,18 +38,27 @@ def choose_config(channels: int) -> LaunchConfig:
     if obstacle is not None:
         raise KernelArgumentError(obstacle)
     rows, warps = next(row[1:] for row in _ROWS if channels <= row[0])
-    # The narrowest piece of the cover gives every thread 8 elements, 16 bytes in 16 bits.
-    unit = max(16, 8 * 32 * warps // rows)
-    cover = tuple(piece * unit // 16 for piece in cover_of(-(-channels // unit) * 16))
     return LaunchConfig(
         block_m=rows,
         block_n=1,
         num_warps=warps,
         num_stages=1,
-        cover=cover,
+        cover=row_cover(channels, rows, warps),
         # All that one program may have. Without a cap the assembler aims at more programs and spills for them.
         max_registers=min(255, REGISTERS // (32 * warps)),
     )
+
+
+def row_cover(channels: int, rows: int, warps: int) -> tuple[int, ...]:
+    """Return the cover of a row whose narrowest piece gives every thread 8 elements, 16 bytes in 16 bits.
+
+    Args:
+        channels: C.
+        rows: of a step.
+        warps: of a program.
+    """
+    unit = max(16, 8 * 32 * warps // rows)
+    return tuple(piece * unit // 16 for piece in cover_of(-(-channels // unit) * 16))
 
 
 def width_obstacle(channels: int) -> str | None:

@@ -104,7 +104,7 @@ def choose_config(
         max_len: tokens of the longest sequence; only its bucket and its remainder decide, never the number itself.
         capability: compute capability, 90 for a Hopper.
         peel: allow the first token to be peeled off. Callers forbid it where tiles have different lengths.
-        rope: the kernel rotates queries, which would spill under a register cap.
+        rope: the kernel rotates queries, which would spill under a register cap and can serialise a cover's products.
     """
     architecture = architecture_of(capability)
     bits = 32 if dtype == torch.float32 else 16
@@ -116,8 +116,11 @@ def choose_config(
         row = next(row for row in _ROWS_16[kernel, architecture] if head_dim <= row.head_dim)
     # Above 96 the cover of three pieces saves an eighth of the products at best, and its last one, 16 wide, runs at
     # half rate or less: padded. Below, the cover saves a quarter (88, 96) or more (72, 80).
+    # Rotated queries lie in registers; on 90 and beside a second piece of 32, triton 3.7 then waits for every matrix
+    # instruction, whatever the shape.
     padded = max(16, 1 << (head_dim - 1).bit_length())
-    cover = cover_of(head_dim) if 64 < head_dim <= 96 else (padded,)
+    widest = 80 if rope and bits == 16 and architecture == 90 else 96
+    cover = cover_of(head_dim) if 64 < head_dim <= widest else (padded,)
     blocks = (row.block_n, row.block_m) if kernel != "backward_kv" else (row.block_m, row.block_n)
     return LaunchConfig(
         block_m=row.block_m,

@@ -27,6 +27,7 @@ SUBIMAGE, CROSS, RESIDUAL = "subimage_attention", "gated_cross_attention", "gate
     [
         (SUBIMAGE, "forward", "peeled", 112, 90),
         (SUBIMAGE, "forward", "masked", 72, 90),
+        (SUBIMAGE, "forward", "rope", 88, 90),
         (SUBIMAGE, "backward_kv", "peeled", 112, 90),
         (SUBIMAGE, "forward", "peeled", 88, 80),
         (CROSS, "forward", "prompt", 64, 90),

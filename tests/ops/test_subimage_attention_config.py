@@ -46,6 +46,13 @@ def test_only_the_bucket_and_the_remainder_of_the_length_decide() -> None:
         assert {config.peel for config in configs} == {False, True}
 
 
+def test_rotated_queries_take_no_second_piece_of_32_on_hopper() -> None:
+    covers = {D: choose_config("forward", D, torch.bfloat16, 1025, 90, rope=True).cover for D in (80, 88, 96)}
+    assert covers == {80: (64, 16), 88: (128,), 96: (128,)}
+    assert choose_config("forward", 88, torch.bfloat16, 1025, 90).cover == (64, 32)
+    assert choose_config("forward", 88, torch.bfloat16, 1025, 80, rope=True).cover == (64, 32)
+
+
 @pytest.mark.parametrize("tokens", [257, 577, 1025, 1601])
 def test_a_class_token_is_peeled_off(tokens: int) -> None:
     assert choose_config("forward", 112, torch.bfloat16, tokens, 90).peel
