@@ -21,7 +21,7 @@ help:
 	@echo "make test-full  the long tests"
 	@echo "make lint       ruff and mypy"
 	@echo "make bench      benchmarks under pytest-benchmark; ARGS is passed on"
-	@echo "make bench-gpu  on a bare GPU machine: GPU tests and benchmarks; OUT=folder [SECTIONS=...] [BUDGET=540]"
+	@echo "make bench-gpu  on a bare GPU machine: tests, sanitizers, benchmarks, tuning, profiles; OUT=folder [SECTIONS=...] [BUDGET=540]"
 
 demo: $(INSTALLED)
 	$(BIN)/infimm-fast demo examples/images/raccoon.jpg
@@ -42,6 +42,7 @@ lint: $(INSTALLED)
 bench: $(INSTALLED)
 	$(BIN)/python -m pytest benchmarks $(ARGS)
 
+# WORKERS and TESTS reach the script through the environment, if they are given.
 bench-gpu:
 	PYTHON=$(PYTHON) benchmarks/bench_gpu.sh "$(OUT)" "$(BUDGET)" $(SECTIONS)
 

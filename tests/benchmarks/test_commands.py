@@ -1,7 +1,6 @@
 """The commands: a run of the tiny preset from end to end, pictures, the page, and life without rich."""
 
 import json
-import os
 import re
 import subprocess
 import sys
@@ -111,44 +110,6 @@ raise SystemExit(main({arguments!r}))
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=120)
     assert done.returncode == 0, done.stderr
     assert "implementation" in done.stdout and "written:" in done.stdout
-
-
-# Stands in for Python: writes down what it is asked for; the tests fail, and matplotlib is missing if so wished.
-FAKE_PYTHON = """#!/bin/sh
-echo "$@" >> "$CALLS"
-case "$*" in
-    *"-m pytest"*) echo "1 failed"; exit 1 ;;
-    *matplotlib*) exit "$NO_MATPLOTLIB" ;;
-esac
-"""
-
-
-@pytest.mark.parametrize(
-    ("asked", "no_matplotlib", "expected", "status"),
-    [
-        ([], "0", ["-m pytest -m gpu", "-u -m infimm_fast.benchmarks.run --budget 60 --out OUT --plot"], 1),
-        (["tests"], "0", ["-m pytest -m gpu"], 1),
-        (["ops", "e2e"], "1", ["-u -m infimm_fast.benchmarks.run ops e2e --budget 60 --out OUT"], 0),
-    ],
-)
-def test_the_gpu_script_goes_on_after_failed_tests_and_runs_sections_alone(tmp_path, asked, no_matplotlib, expected, status):
-    python, calls, out = tmp_path / "python", tmp_path / "calls", tmp_path / "out"
-    python.write_text(FAKE_PYTHON)
-    python.chmod(0o755)
-    environment = {**os.environ, "PYTHON": str(python), "CALLS": str(calls), "NO_MATPLOTLIB": no_matplotlib}
-    command = [str(ROOT / "benchmarks" / "bench_gpu.sh"), str(out), "60", *asked]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=60)
-    assert done.returncode == status, done.stderr
-    lines = calls.read_text().replace(str(out), "OUT").splitlines()
-    assert lines[0] == "-m pip install --quiet --no-deps --no-build-isolation -e ."
-    assert [line for line in lines[1:] if not line.startswith("-c")] == expected
-    if "-m pytest -m gpu" in expected:
-        assert "exit status of the GPU tests: 1" in (out / "gpu_tests.txt").read_text()
-
-
-def test_the_gpu_script_needs_a_folder():
-    done = subprocess.run([ROOT / "benchmarks" / "bench_gpu.sh", "", "60"], capture_output=True, text=True, check=False)
-    assert done.returncode == 2 and "no folder was given" in done.stderr
 
 
 def test_the_page_is_what_the_stored_runs_give():

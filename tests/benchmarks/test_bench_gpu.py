@@ -1,0 +1,206 @@
+"""The script for a rented GPU, with a Python that only writes down what it is asked for."""
+
+import os
+import shutil
+import subprocess
+import tarfile
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).parents[2] / "benchmarks" / "bench_gpu.sh"
+INSTALL = "-m pip install --quiet --no-deps --no-build-isolation -e ."
+TESTS = "-m pytest -m gpu -q -p no:cacheprovider --tb=short --durations=15 --maxfail=60 --junitxml=OUT/tests.xml"
+FAKE_PYTHON = r"""#!/bin/bash
+echo "$*" >> "$CALLS"
+out=$(dirname "$CALLS")/out
+case "$*" in
+    "-c import xdist") exit "${NO_XDIST:-0}" ;;
+    "-c import matplotlib") exit "${NO_MATPLOTLIB:-0}" ;;
+    *"-m pytest"*)
+        echo "= FAILURES ="; echo "test_a.py:3: in test_a"; echo "= slowest 15 durations ="
+        head -c 50000 /dev/zero | tr '\0' '.'; echo; echo "1 failed, 456 passed"
+        touch "$out/tests.xml"; exit "${TESTS_STATUS:-0}" ;;
+    *benchmarks.sanitize*) echo "memcheck: 10 clean"; echo '{}' > "$out/sanitize.json"; exit "${SANITIZE_STATUS:-0}" ;;
+    *benchmarks.run*)
+        echo "benchmark table"; for name in bars roofline scaling stages; do touch "$out/$name.png"; done
+        echo '{}' > "$out/NVIDIA-H100.json" ;;
+    *benchmarks.tuning*)
+        if [ -n "${TUNE_SECONDS:-}" ]; then exec sleep "$TUNE_SECONDS"; fi
+        echo "tuned"; echo '{}' > "$out/tuning.json" ;;
+    *benchmarks.profile_kernels*) echo "bound by latency" ; echo '{}' > "$out/profile.json" ;;
+esac
+"""
+
+
+@pytest.fixture
+def run(tmp_path):
+    """Return what runs the script; its result has the calls of Python, less the imports tried, and the folder."""
+    python, calls, out = tmp_path / "python", tmp_path / "calls", tmp_path / "out"
+    python.write_text(FAKE_PYTHON)
+    python.chmod(0o755)
+
+    def go(*asked, budget="100", command=(), **environment):
+        calls.write_text("")
+        # Cores and GPU of the machine that runs this test have no say in the number of workers.
+        shadow = tmp_path / "shadow"
+        shadow.mkdir(exist_ok=True)
+        for tool, variable, value in (("nvidia-smi", "FREE", "80000"), ("nproc", "CORES", "16")):
+            (shadow / tool).write_text(f"#!/bin/sh\necho {environment.pop(variable, value)}\n")
+            (shadow / tool).chmod(0o755)
+        path = f"{shadow}:{os.environ['PATH']}"
+        inherited = {name: value for name, value in os.environ.items() if name not in ("WORKERS", "TESTS")}
+        done = subprocess.run(
+            command or [SCRIPT, out, budget, *asked],
+            env={**inherited, "PATH": path, "PYTHON": str(python), "CALLS": str(calls), **environment},
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=100,
+        )
+        lines = calls.read_text().replace(str(out), "OUT").splitlines()
+        done.calls = [line for line in lines if not line.startswith("-c import")]
+        done.out = out
+        return done
+
+    return go
+
+
+def results(done):
+    """Return part -> (result, exit status, files) of the summary."""
+    rows = done.stdout.split("=== summary\n")[1].splitlines()[1:-1]
+    fields = [row.replace("not run", "not-run").split() for row in rows]
+    return {part: (result, int(status), files) for part, result, status, _, *files in fields}
+
+
+def told(done, module):
+    """Return the budget that a part was told."""
+    (call,) = [call for call in done.calls if module in call]
+    return int(call.split("--budget ")[1].split()[0])
+
+
+def test_all_parts_in_their_order(run):
+    done = run(WORKERS="5")
+    assert done.returncode == 0, done.stdout + done.stderr
+    names = [
+        "-m pip",
+        "-m pytest",
+        "benchmarks.sanitize",
+        "benchmarks.run",
+        "benchmarks.tuning",
+        "benchmarks.profile_kernels",
+    ]
+    assert [name for call in done.calls for name in names if name in call] == names
+    assert done.calls[0] == INSTALL and done.calls[1] == f"{TESTS} -n 5 --dist worksteal"
+    budget = told(done, "benchmarks.tuning")
+    plan = "run --plan benchmarks/results/tuning_plan_sm90.json"
+    assert f"-u -m infimm_fast.benchmarks.tuning {plan} --out OUT --budget {budget}" in done.calls
+    assert results(done) == {
+        "tests": ("passed", 0, ["tests.txt", "tests.xml"]),
+        "sanitize": ("passed", 0, ["sanitize.json", "sanitize.txt"]),
+        "benchmarks": (
+            "passed",
+            0,
+            ["NVIDIA-H100.json", "bars.png", "benchmarks.txt", "roofline.png", "scaling.png", "stages.png"],
+        ),
+        "tune": ("passed", 0, ["tune.txt", "tuning.json"]),
+        "profile": ("passed", 0, ["profile.json", "profile.txt"]),
+    }
+
+
+def test_shares_of_the_budget_follow_the_weights_and_time_that_is_not_used_goes_on(run):
+    done = run(budget="400")
+    # Nothing takes any time here: 3 of 16, 5 of 13, 5 of 8 and all of 400 seconds, less a few for the script itself.
+    expected = {"sanitize": 75, "run ": 153, "tuning": 250, "profile_kernels": 400}
+    for module, seconds in expected.items():
+        assert seconds - 12 <= told(done, f"benchmarks.{module}") <= seconds, module
+    assert "=== tests: 1" in done.stdout  # 6 of 22: 109 seconds at most
+
+
+def test_one_part_gets_the_whole_budget(run):
+    done = run("profile", budget="300")
+    assert len(done.calls) == 2 and 290 <= told(done, "profile_kernels") <= 300
+
+
+def test_what_has_no_time_left_is_not_run(run):
+    done = run("sanitize", "profile", budget="15")
+    assert done.returncode == 3
+    assert results(done)["sanitize"][:2] == ("not-run", 3) and "seconds are left" in done.stdout
+    assert results(done)["profile"][0] == "passed"  # the last part gets all that the first one left
+
+
+@pytest.mark.slow
+def test_a_part_that_overruns_is_stopped(run):
+    done = run("tune", budget="11", TUNE_SECONDS="60")
+    assert done.returncode == 1 and results(done)["tune"][:2] == ("stopped", 124)
+
+
+def test_failed_tests_do_not_stop_the_rest(run):
+    done = run("tests", "sanitize", TESTS_STATUS="1")
+    assert done.returncode == 1
+    assert results(done)["tests"][:2] == ("failed", 1) and results(done)["sanitize"][0] == "passed"
+
+
+def test_a_part_that_could_not_run_is_no_success(run):
+    done = run("sanitize", "profile", SANITIZE_STATUS="3")
+    assert done.returncode == 3
+    assert results(done)["sanitize"][:2] == ("not-run", 3) and results(done)["profile"][0] == "passed"
+
+
+def test_the_output_is_short_and_shows_the_first_failure_and_the_counts(run):
+    done = run(TESTS_STATUS="1")
+    assert len(done.stdout) < 12000
+    assert "test_a.py:3: in test_a" in done.stdout and "1 failed, 456 passed" in done.stdout
+    assert "bound by latency" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({"NO_XDIST": "1"}, ""),
+        ({}, " -n 12 --dist worksteal"),
+        ({"CORES": "6"}, " -n 4 --dist worksteal"),
+        ({"CORES": "1"}, " -n 1 --dist worksteal"),
+        ({"FREE": "25000"}, " -n 4 --dist worksteal"),
+        ({"WORKERS": "3", "TESTS": '-k "decode and not views" -x'}, " -n 3 --dist worksteal -k decode and not views -x"),
+    ],
+)
+def test_how_the_tests_are_run(run, environment, expected):
+    done = run("tests", **environment)
+    assert done.calls == [INSTALL, TESTS + expected]
+
+
+def test_sections_of_the_benchmarks_without_matplotlib(run):
+    done = run("ops", "e2e", NO_MATPLOTLIB="1")
+    budget = told(done, "benchmarks.run")
+    assert done.calls[1] == f"-u -m infimm_fast.benchmarks.run ops e2e --budget {budget} --out OUT"
+    assert done.returncode == 0 and "no pictures" in (done.out / "benchmarks.txt").read_text()
+
+
+def test_logs_and_pictures_are_packed_if_there_are_many_files(run):
+    few = run("tests")
+    assert {file.name for file in few.out.iterdir()} == {"tests.txt", "tests.xml", "summary.txt"}
+    done = run()
+    files = {file.name for file in done.out.iterdir()}
+    reports = {"NVIDIA-H100.json", "sanitize.json", "tuning.json", "profile.json"}
+    assert files == {*reports, "summary.txt", "logs.tar.gz"}
+    with tarfile.open(done.out / "logs.tar.gz") as archive:
+        packed = {Path(name).name for name in archive.getnames()}
+    assert {"tests.txt", "tests.xml", "bars.png", "sanitize.txt"} <= packed
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+def test_make_hands_everything_on(run, tmp_path):
+    variables = [f"OUT={tmp_path / 'out'}", "SECTIONS=tests", "BUDGET=90", "WORKERS=7", "TESTS=-k 'a or b'"]
+    make = ["make", "-C", SCRIPT.parents[1], "bench-gpu", f"PYTHON={tmp_path / 'python'}", *variables]
+    done = run(command=make)
+    assert done.returncode == 0 and done.calls == [INSTALL, f"{TESTS} -n 7 --dist worksteal -k a or b"]
+    assert "of 90 seconds" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"), [(["", "60"], "no folder was given"), (["out", "soon"], "accepted are whole seconds")]
+)
+def test_bad_arguments(arguments, message):
+    done = subprocess.run([SCRIPT, *arguments], capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and message in done.stderr
