@@ -12,8 +12,6 @@ Run ``python -m infimm_fast.benchmarks.compile_gate --out benchmarks/results/com
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import platform
 import sys
 from collections.abc import Sequence
@@ -27,6 +25,7 @@ import torch
 
 from infimm_fast.benchmarks.compile_gate_ops import DTYPES, OPS, Job
 from infimm_fast.benchmarks.machine_code import hot_loop, mix_of, read_kernel, serialised
+from infimm_fast.benchmarks.report import save_json
 from infimm_fast.kernels.common.configs import ARCHITECTURES
 from infimm_fast.kernels.common.launch import LaunchConfig
 from infimm_fast.kernels.common.offline import Launch, compile_triton, recorded_launches, source_of
@@ -156,12 +155,9 @@ def write_report(path: Path, verdicts: Sequence[Verdict]) -> None:
     """Write all rows as JSON, with the versions that made them; a report that is there is replaced as a whole."""
     import triton
 
-    path.parent.mkdir(parents=True, exist_ok=True)
     versions = {"triton": triton.__version__, "torch": torch.__version__, "python": platform.python_version()}
     rows = [asdict(verdict) for verdict in verdicts]
-    beside = path.with_name(path.name + ".new")
-    beside.write_text(json.dumps({"versions": versions, "rows": rows}, indent=1) + "\n")
-    os.replace(beside, path)
+    save_json(path, {"versions": versions, "rows": rows})
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

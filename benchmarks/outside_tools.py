@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
@@ -12,8 +11,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 # Exit statuses of the commands; `bench_gpu.sh` knows them.
 PASSED, FAILED, NOT_RUN = 0, 1, 3
@@ -118,14 +115,6 @@ def warm_up(names: Iterable[str], deadline: Deadline, workers: int) -> dict[str,
     with ThreadPoolExecutor(workers) as pool:
         done = list(pool.map(run, names))
     return {name: finished for name, finished in zip(names, done, strict=True) if finished is not None}
-
-
-def save_json(file: Path, content: Mapping[str, Any]) -> None:
-    """Write a JSON file that is complete at every moment."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(f".{file.name}.partial")
-    partial.write_text(json.dumps(content, indent=1) + "\n")
-    partial.replace(file)
 
 
 def print_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> None:

@@ -28,9 +28,9 @@ from infimm_fast.benchmarks.outside_tools import (
     one_launch,
     print_table,
     run_process,
-    save_json,
     warm_up,
 )
+from infimm_fast.benchmarks.report import save_json
 
 PROGRAM = "ncu"
 # Whole sections, whose metrics have other names on every GPU generation, rather than metrics by name: one that is not

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from infimm_fast.errors import ConfigurationError
+from infimm_fast.export.common.artifact import write_json
 
 FORMAT = "infimm_fast benchmark 1"
 
@@ -115,10 +117,7 @@ class Report:
 
     def save(self, file: Path) -> None:
         """Write the report; the file is complete at every moment."""
-        file.parent.mkdir(parents=True, exist_ok=True)
-        partial = file.with_name(f".{file.name}.partial")
-        partial.write_text(json.dumps({"format": FORMAT, **asdict(self)}, indent=1) + "\n")
-        partial.replace(file)
+        save_json(file, {"format": FORMAT, **asdict(self)})
 
     @classmethod
     def load(cls, file: Path) -> Report:
@@ -139,3 +138,9 @@ class Report:
             rows, series = [Row(**row) for row in case["rows"]], tuple(tuple(one) for one in case["series"])
             cases.append(CaseResult(**case | {"rows": rows, "series": series}))
         return cls(**content, cases=cases)
+
+
+def save_json(file: Path, content: Mapping[str, Any]) -> None:
+    """Write a JSON file that is complete at every moment, and its folder if there is none."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_json(file, content)

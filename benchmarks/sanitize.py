@@ -27,9 +27,9 @@ from infimm_fast.benchmarks.outside_tools import (
     one_launch,
     print_table,
     run_process,
-    save_json,
     warm_up,
 )
+from infimm_fast.benchmarks.report import save_json
 
 PROGRAM = "compute-sanitizer"
 # In the order of what they find in kernels without atomics: where time is short, the last ones are left out.

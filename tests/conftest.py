@@ -12,6 +12,8 @@ os.environ.pop("COLUMNS", None)
 import pytest
 import torch
 
+from infimm_fast.testing import InterpreterProcess
+
 
 def pytest_collection_modifyitems(items):
     missing = {}
@@ -34,3 +36,11 @@ def pictures():
     generator = np.random.default_rng(0)
     sizes = ((100, 100), (100, 230), (200, 220), (240, 90))
     return [Image.fromarray(generator.integers(0, 256, (*size, 3), dtype=np.uint8)) for size in sizes]
+
+
+@pytest.fixture(scope="module")
+def interpreter():
+    """A process that runs Triton kernels on CPU tensors, kept for all tests of a file."""
+    process = InterpreterProcess()
+    yield process
+    process.close()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field, replace
@@ -24,6 +23,7 @@ from infimm_fast.benchmarks.machine_code import (
     read_kernel,
     serialised,
 )
+from infimm_fast.benchmarks.report import save_json
 from infimm_fast.benchmarks.tuning.candidates import Candidate, candidates_of, constants_set, split_of
 from infimm_fast.benchmarks.tuning.jobs import RESIDUAL, SUBIMAGE, Job, launch, main_kernel, make_inputs
 from infimm_fast.benchmarks.tuning.prediction import MACHINES, Prediction, Work, predict, resident_programs
@@ -94,7 +94,7 @@ class TuningPlan:
     def save(self, file: Path) -> None:
         """Write the plan; the file is complete at every moment."""
         jobs = [asdict(job) | {"candidates": [asdict(one) for one in assessed]} for job, assessed in self.jobs]
-        write_json(file, {"format": FORMAT, "arch": self.arch, "versions": self.versions, "jobs": jobs})
+        save_json(file, {"format": FORMAT, "arch": self.arch, "versions": self.versions, "jobs": jobs})
 
     @classmethod
     def load(cls, file: Path) -> TuningPlan:
@@ -109,14 +109,6 @@ class TuningPlan:
             candidates = [_assessed_from(one) for one in entry.pop("candidates")]
             jobs.append((Job(**entry), candidates))
         return cls(content["arch"], content["versions"], jobs)
-
-
-def write_json(file: Path, content: dict[str, Any]) -> None:
-    """Write JSON beside its place and rename it."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    beside = file.with_name(f".{file.name}.partial")
-    beside.write_text(json.dumps(content, indent=1) + "\n")
-    os.replace(beside, file)
 
 
 def read_json(file: Path, expected: str) -> dict[str, Any]:

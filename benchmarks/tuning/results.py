@@ -6,9 +6,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from infimm_fast.benchmarks.report import save_json
 from infimm_fast.benchmarks.tuning.candidates import Candidate
 from infimm_fast.benchmarks.tuning.jobs import Job
-from infimm_fast.benchmarks.tuning.plan import candidate_from, read_json, write_json
+from infimm_fast.benchmarks.tuning.plan import candidate_from, read_json
 
 FORMAT = "infimm_fast tuning run 1"
 
@@ -97,7 +98,7 @@ class Results:
 
     def save(self, file: Path) -> None:
         """Write the results; the file is complete at every moment."""
-        write_json(file, {"format": FORMAT, **asdict(self)})
+        save_json(file, {"format": FORMAT, **asdict(self)})
 
     @classmethod
     def load(cls, file: Path) -> Results:

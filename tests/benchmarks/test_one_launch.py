@@ -15,7 +15,6 @@ from infimm_fast.benchmarks.one_launch import CASES, MAIN_CASES, evaluate
 from infimm_fast.kernels.common import launch
 from infimm_fast.kernels.subimage_attention.config import KERNELS as KINDS
 from infimm_fast.kernels.subimage_attention.config import choose_config
-from infimm_fast.testing import InterpreterProcess
 
 pytest.importorskip("triton", reason="needs triton")
 
@@ -100,13 +99,6 @@ def test_a_wrong_result_ends_with_1(capsys, monkeypatch):
     monkeypatch.setattr(one_launch, "run_case", wrong)
     assert one_launch.main(["residual", "--device", "cpu"]) == 1
     assert capsys.readouterr().out == "residual: WRONG: output 0: too large\n"
-
-
-@pytest.fixture(scope="module")
-def interpreter():
-    process = InterpreterProcess()
-    yield process
-    process.close()
 
 
 # One of each op: the others take minutes there, and their kernels have tests of their own.

@@ -49,7 +49,7 @@ from infimm_fast.kernels.common.launch import LaunchConfig
 from infimm_fast.kernels.common.offline import compile_triton, recorded_launches, source_of
 from infimm_fast.kernels.gated_cross_attention import config as cross_config
 from infimm_fast.kernels.gated_cross_attention import decode
-from infimm_fast.testing import Errors, InterpreterProcess, load_file
+from infimm_fast.testing import Errors, load_file
 
 CASES_FILE = Path(__file__).with_name("tuning_cases.py")
 CASES = load_file(CASES_FILE)
@@ -197,13 +197,6 @@ def test_the_likeliest_are_kept_and_the_shipped_one_always() -> None:
     chosen = select([assessed(1, 9.0, shipped=True), assessed(2, 3.0), assessed(3, 1.0), assessed(4, 0.5, dropped="bad")], 2)
     assert [one.candidate.config.num_stages for one in chosen] == [1, 3, 2, 4]
     assert [one.dropped for one in chosen] == ["", "", "predicted to be number 3, 2 are timed", "bad"]
-
-
-@pytest.fixture(scope="module")
-def interpreter():
-    process = InterpreterProcess()
-    yield process
-    process.close()
 
 
 @pytest.mark.slow

@@ -6,7 +6,6 @@ import hashlib
 import json
 import shutil
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -30,13 +29,6 @@ CASES = Path(__file__).with_name("kernels_cases.py")
 EXAMPLE = Path(export.__file__).with_name("load_kernel.cpp")
 REQUEST = recipes.Request(heads=3, head_dim=72, dtype=torch.bfloat16, sm=90)
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
-
-
-@pytest.fixture(scope="module")
-def interpreter() -> Iterator[InterpreterProcess]:
-    process = InterpreterProcess()
-    yield process
-    process.close()
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32"])

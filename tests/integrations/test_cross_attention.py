@@ -11,7 +11,7 @@ from infimm_fast.integrations import interval_masks, transformers_attention
 from infimm_fast.integrations.interval_masks import intervals_of_mask, mask_of_intervals
 from infimm_fast.integrations.transformers_attention import attention_forward, interval_attention
 from infimm_fast.kernels import KernelArgumentError
-from infimm_fast.testing import InterpreterProcess, load_file
+from infimm_fast.testing import load_file
 
 PATH = Path(__file__).with_name("cross_attention_models.py")
 MODELS = load_file(PATH)
@@ -161,13 +161,6 @@ def test_without_triton_the_mask_goes_to_sdpa_as_it_is(monkeypatch, op_calls):
         warnings.filterwarnings("error", message=".*interval.*")
         MODELS.logits("mllama", "infimm_fast")
     assert not op_calls
-
-
-@pytest.fixture(scope="module")
-def interpreter():
-    process = InterpreterProcess()
-    yield process
-    process.close()
 
 
 @pytest.mark.slow

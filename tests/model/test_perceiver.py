@@ -10,7 +10,7 @@ from infimm_fast import InfiMMHDConfig, InfiMMHDVisionConfig
 from infimm_fast.kernels import gated_cross_attention
 from infimm_fast.kernels.gated_cross_attention import forward as triton_forward
 from infimm_fast.modeling_perceiver import PerceiverResampler
-from infimm_fast.testing import InterpreterProcess, assert_error_budget, outlier_normal
+from infimm_fast.testing import assert_error_budget, outlier_normal
 
 IMPLEMENTATIONS = ("sdpa", "reference")
 
@@ -155,13 +155,6 @@ def compare_on_triton(dtype, heads, head_dim):
         triton_forward.launch_forward = original
     errors = [((a - b).abs().max() / b.abs().max()).item() for a, b in zip(*results, strict=True)]
     return errors, len(launches)
-
-
-@pytest.fixture(scope="module")
-def interpreter():
-    process = InterpreterProcess()
-    yield process
-    process.close()
 
 
 @pytest.mark.slow

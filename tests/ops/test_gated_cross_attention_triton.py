@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +14,6 @@ pytest.importorskip("triton", reason="needs triton")
 
 CASES = Path(__file__).with_name("gated_cross_attention_cases.py")
 SMALL = {"block_m": 16, "block_n": 32}
-
-
-@pytest.fixture(scope="module")
-def interpreter() -> Iterator[InterpreterProcess]:
-    process = InterpreterProcess()
-    yield process
-    process.close()
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32"])

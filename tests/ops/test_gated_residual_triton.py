@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +12,6 @@ from infimm_fast.testing import InterpreterProcess
 pytest.importorskip("triton", reason="needs triton")
 
 CASES = Path(__file__).with_name("gated_residual_cases.py")
-
-
-@pytest.fixture(scope="module")
-def interpreter() -> Iterator[InterpreterProcess]:
-    process = InterpreterProcess()
-    yield process
-    process.close()
 
 
 @pytest.mark.parametrize("norm", [True, False])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +13,6 @@ from infimm_fast.testing import InterpreterProcess
 pytest.importorskip("triton", reason="needs triton")
 
 CASES = Path(__file__).with_name("subimage_attention_cases.py")
-
-
-@pytest.fixture(scope="module")
-def interpreter() -> Iterator[InterpreterProcess]:
-    process = InterpreterProcess()
-    yield process
-    process.close()
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
