@@ -8,8 +8,8 @@ import torch
 from transformers import PretrainedConfig
 
 from infimm_fast.benchmarks.registry import DTYPES
-from infimm_fast.configuration_infimm_hd import InfiMMHDConfig, InfiMMHDVisionConfig
-from infimm_fast.costs import (
+from infimm_fast.models.infimm_hd.configuration_infimm_hd import InfiMMHDConfig, InfiMMHDVisionConfig
+from infimm_fast.models.infimm_hd.costs import (
     attention_flops,
     gated_block_flops,
     linear_flops,

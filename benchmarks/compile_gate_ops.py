@@ -12,9 +12,9 @@ from typing import Any
 import torch
 
 from infimm_fast.kernels.common.launch import LaunchConfig
-from infimm_fast.kernels.gated_cross_attention import config as cross_config
-from infimm_fast.kernels.gated_residual import config as residual_config
-from infimm_fast.kernels.subimage_attention import config as subimage_config
+from infimm_fast.kernels.interval import config as cross_config
+from infimm_fast.kernels.residual import config as residual_config
+from infimm_fast.kernels.subimage import config as subimage_config
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 HEAD_DIMS = subimage_config.HEAD_DIMS
@@ -109,8 +109,8 @@ def _subimage_config(job: Job) -> LaunchConfig:
 
 def _subimage_launch(job: Job, config: LaunchConfig) -> None:
     """Packed qkv of 10 tiles and 16 heads; contiguous output and gradient."""
-    from infimm_fast.kernels.subimage_attention.backward import launch_backward
-    from infimm_fast.kernels.subimage_attention.forward import launch_forward
+    from infimm_fast.kernels.subimage.backward import launch_backward
+    from infimm_fast.kernels.subimage.forward import launch_forward
 
     tiles, heads, tokens, dtype = 10, 16, SUBIMAGE_TOKENS[job.variant], DTYPES[job.dtype]
     packed = _empty(tiles, tokens, 3, heads, job.width, dtype=dtype)
@@ -179,8 +179,8 @@ def _cross_config(job: Job) -> LaunchConfig:
 
 def _cross_launch(job: Job, config: LaunchConfig) -> None:
     """K and V of one of ten blocks out of one projection: the token stride is ten times as large."""
-    from infimm_fast.kernels.gated_cross_attention.backward import launch_backward
-    from infimm_fast.kernels.gated_cross_attention.forward import launch_forward
+    from infimm_fast.kernels.interval.backward import launch_backward
+    from infimm_fast.kernels.interval.forward import launch_forward
 
     (batch, tokens, heads, kv_heads), keys, blocks = CROSS_SHAPES[job.variant], 10250, 10
     q = _empty(batch, tokens, heads, job.width, dtype=DTYPES[job.dtype])
@@ -213,8 +213,8 @@ def _residual_config(job: Job) -> LaunchConfig:
 
 def _residual_launch(job: Job, config: LaunchConfig) -> None:
     """Contiguous rows with a keep flag; fp32 parameters, as in mixed precision."""
-    from infimm_fast.kernels.gated_residual.backward import launch_backward
-    from infimm_fast.kernels.gated_residual.forward import launch_forward
+    from infimm_fast.kernels.residual.backward import launch_backward
+    from infimm_fast.kernels.residual.forward import launch_forward
 
     x = _empty(2, 2048, job.width, dtype=DTYPES[job.dtype])
     keep = torch.empty(2, dtype=torch.bool, device="meta")
@@ -248,7 +248,7 @@ OPS: dict[str, Op] = {
         # On 90 masked and with triton 3.6 only, one store before the loop and one load behind it.
         spills={("backward_kv", "bf16", 88, 120): 4, ("backward_kv", "bf16", 88, 90): 2, ("backward_kv", "bf16", 96, 90): 2},
     ),
-    "gated_cross_attention": Op(
+    "interval_attention": Op(
         kernels={
             "forward": "forward_kernel",
             "plan": "plan_kernel",

@@ -18,8 +18,8 @@ import torch
 from infimm_fast.benchmarks.cases import TOWERS
 from infimm_fast.benchmarks.inputs import random_tensor
 from infimm_fast.benchmarks.registry import DTYPES
-from infimm_fast.kernels import gated_cross_attention, gated_residual, subimage_attention, subimage_attention_packed
-from infimm_fast.testing import assert_error_budget
+from infimm_fast.kernels import gated_residual, interval_attention, subimage_attention, subimage_attention_packed
+from infimm_fast.kernels.common.numerics import assert_error_budget
 
 FORWARD, BACKWARD = ("forward_kernel",), ("delta_kernel", "key_value_kernel", "query_kernel")
 
@@ -166,7 +166,7 @@ def _cross(
         leaves = {"q": random_tensor(*shape, dtype=dtype, device=device, seed=0), "k": k, "v": v}
         chosen = [ranges[index % len(ranges)] for index in range(batch * tokens)]
         kv_range = torch.tensor(chosen, device=device).view(batch, tokens, 2)
-        return Problem(gated_cross_attention, leaves, {"kv_range": kv_range}, {"return_lse": True}, backward)
+        return Problem(interval_attention, leaves, {"kv_range": kv_range}, {"return_lse": True}, backward)
 
     return make
 
@@ -185,7 +185,7 @@ def _residual(shape: tuple[int, int, int], *, normed: bool, keep: list[bool] | N
     return make
 
 
-SUBIMAGE, CROSS, RESIDUAL = "subimage_attention", "gated_cross_attention", "gated_residual"
+SUBIMAGE, CROSS, RESIDUAL = "subimage", "interval", "residual"
 DECODE = ("decode_kernel", "combine_kernel")
 # Nothing, one key, an inner interval, everything, bounds that have to be clamped.
 _RAGGED = [[0, 207], [5, 5], [206, 207], [33, 150], [-3, 300], [0, 1]]

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 
 from infimm_fast.benchmarks import SECTIONS
-from infimm_fast.configuration_infimm_hd import InfiMMHDConfig
 from infimm_fast.errors import ConfigurationError
-from infimm_fast.presets import preset
-from infimm_fast.testing import Errors, assert_error_budget
+from infimm_fast.kernels.common.numerics import Errors, assert_error_budget
+from infimm_fast.models.infimm_hd.configuration_infimm_hd import InfiMMHDConfig
+from infimm_fast.models.infimm_hd.presets import preset
 
 Inputs = dict[str, Any]
 Outputs = dict[str, torch.Tensor]
@@ -67,7 +67,7 @@ class Plan:
     """What a run is about; ops make their cases from it.
 
     Attributes:
-        preset: name of the model's configuration, see `infimm_fast.presets`.
+        preset: name of the model's configuration, see `infimm_fast.models.infimm_hd.presets`.
         dtype: a key of `DTYPES`.
         device: where everything runs.
         tiles: only these numbers of tiles, or None for those of the preset.
@@ -200,7 +200,7 @@ class Op(ABC):
         """Return the errors of one implementation.
 
         Raises:
-            AssertionError: they are beyond what `infimm_fast.testing` allows.
+            AssertionError: they are beyond what `infimm_fast.kernels.common.numerics` allows.
         """
         actual = self.checked(case, _as_tuple(run()))
         plain, exact = expected

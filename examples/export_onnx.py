@@ -14,8 +14,9 @@ from pathlib import Path
 import onnx
 import torch
 
-from infimm_fast import InfiMMHDForConditionalGeneration, InfiMMHDProcessor, byte_tokenizer, preset
+from infimm_fast import InfiMMHDForConditionalGeneration, InfiMMHDProcessor, preset
 from infimm_fast.export import ExportedModel, export_onnx, load
+from infimm_fast.models.infimm_hd.tokenization_bytes import byte_tokenizer
 
 PICTURE = Path(__file__).parent / "images" / "raccoon.jpg"
 QUESTION = "What is in this picture?"

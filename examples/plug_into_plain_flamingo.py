@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from infimm_fast.kernels import gated_cross_attention
-from infimm_fast.modules import FusedGatedCrossAttentionBlock
+from infimm_fast.kernels import interval_attention
+from infimm_fast.models.infimm_hd.fused_gated_cross_attention import FusedGatedCrossAttentionBlock
 
 WIDTH, VISUAL, HEADS, HEAD_DIM, VOCABULARY, IMAGE_TOKEN = 128, 96, 4, 24, 100, 99
 ROWS, LENGTH, IMAGES, TOKENS = 4, 48, 3, 65  # a row has room for IMAGES pictures of TOKENS visual tokens
@@ -87,7 +87,7 @@ def latest_picture(seen):
 
 def our_attention(q, k, v, seen):
     """Do what `naive_attention` does; on a GPU without scores or mask in memory."""
-    return gated_cross_attention(q, k.flatten(0, 1), v.flatten(0, 1), latest_picture(seen))
+    return interval_attention(q, k.flatten(0, 1), v.flatten(0, 1), latest_picture(seen))
 
 
 class OurBlock(nn.Module):

@@ -17,12 +17,12 @@ def register_auto() -> None:
     # Some versions replace transformers.AutoImageProcessor by a dummy when torchvision is missing; this one always works.
     from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
-    from infimm_fast.configuration_infimm_hd import InfiMMHDConfig, InfiMMHDVisionConfig
-    from infimm_fast.image_processing_infimm_hd import InfiMMHDImageProcessor
     from infimm_fast.integrations.transformers_attention import register_attention
-    from infimm_fast.modeling_eva_vision import EvaVisionTower
-    from infimm_fast.modeling_infimm_hd import InfiMMHDForConditionalGeneration
-    from infimm_fast.processing_infimm_hd import InfiMMHDProcessor
+    from infimm_fast.models.infimm_hd.configuration_infimm_hd import InfiMMHDConfig, InfiMMHDVisionConfig
+    from infimm_fast.models.infimm_hd.image_processing_infimm_hd import InfiMMHDImageProcessor
+    from infimm_fast.models.infimm_hd.modeling_eva_vision import EvaVisionTower
+    from infimm_fast.models.infimm_hd.modeling_infimm_hd import InfiMMHDForConditionalGeneration
+    from infimm_fast.models.infimm_hd.processing_infimm_hd import InfiMMHDProcessor
 
     AutoConfig.register(InfiMMHDConfig.model_type, InfiMMHDConfig)
     AutoConfig.register(InfiMMHDVisionConfig.model_type, InfiMMHDVisionConfig)

@@ -12,7 +12,7 @@ os.environ.pop("COLUMNS", None)
 import pytest
 import torch
 
-from infimm_fast.testing import InterpreterProcess
+from interpreter import InterpreterProcess
 
 
 def pytest_collection_modifyitems(items):

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from transformers import LlamaConfig
 
 from infimm_fast import InfiMMHDConfig, InfiMMHDForConditionalGeneration, InfiMMHDVisionConfig
-from infimm_fast.checkpoint import rename_key
+from infimm_fast.models.infimm_hd.checkpoint import rename_key
 
 FOLDER = Path(__file__).parent / "data" / "golden"
 
@@ -82,11 +82,11 @@ def config_a() -> InfiMMHDConfig:
     )
 
 
-def model_a(implementation: str) -> InfiMMHDForConditionalGeneration:
+def model_a(backend: str) -> InfiMMHDForConditionalGeneration:
     model = InfiMMHDForConditionalGeneration(config_a()).eval()
     state = {name: value for name, value in renamed(tensors("case_a_state_dict")).items()}
     model.load_state_dict(state)
-    model.set_implementation(implementation)
+    model.set_backend(backend)
     return model
 
 

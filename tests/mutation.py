@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from unittest import mock
 
-from infimm_fast.testing import load_file
+from interpreter import load_file
 
 
 @contextlib.contextmanager

@@ -79,15 +79,17 @@ except AttributeError as error:
     assert "nonsense" in run(code)
 
 
-def test_an_op_stays_a_function_whatever_is_imported_first():
-    for name in ("subimage_attention", "gated_cross_attention"):
+def test_an_op_and_its_folder_have_names_of_their_own():
+    for name, folder in (
+        ("subimage_attention", "subimage"),
+        ("interval_attention", "interval"),
+        ("gated_residual", "residual"),
+    ):
         code = f"""
-from infimm_fast.kernels.{name} import api
-import infimm_fast.kernels
-from infimm_fast.kernels import {name}
-assert callable({name}) and infimm_fast.kernels.{name} is api.{name}
-import infimm_fast.kernels.{name}.reference
-assert callable(infimm_fast.kernels.{name})
+import infimm_fast.kernels.{folder}.reference
+from infimm_fast.kernels.{folder} import api
+assert infimm_fast.kernels.{name} is api.{name}
+assert infimm_fast.kernels.{folder}.reference.{name}_reference
 """
         run(code)
 
@@ -158,4 +160,4 @@ print("status", int(status))
 """
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)
     assert "status 0" in result.stdout, result.stdout[-2000:]
-    assert "test_gated_cross_attention_gpu.py" in result.stdout
+    assert "test_interval_attention_gpu.py" in result.stdout

@@ -20,11 +20,11 @@ from infimm_fast.benchmarks.suites.model import (
     make_ids,
     register_model_implementations,
 )
-from infimm_fast.costs import key_value_flops, resampler_flops
-from infimm_fast.image_processing_infimm_hd import InfiMMHDImageProcessor
 from infimm_fast.images import load_image
-from infimm_fast.presets import preset
-from infimm_fast.tiling import tile_count
+from infimm_fast.models.infimm_hd.costs import key_value_flops, resampler_flops
+from infimm_fast.models.infimm_hd.image_processing_infimm_hd import InfiMMHDImageProcessor
+from infimm_fast.models.infimm_hd.presets import preset
+from infimm_fast.models.infimm_hd.tiling import tile_count
 
 _BATCHES = (1, 4, 16)
 

@@ -22,9 +22,9 @@ from infimm_fast.benchmarks.registry import (
     register_op,
 )
 from infimm_fast.benchmarks.suites.model import DEVIATIONS, make_ids
-from infimm_fast.costs import picture_costs
 from infimm_fast.errors import ConfigurationError
-from infimm_fast.testing import Errors
+from infimm_fast.kernels.common.numerics import Errors
+from infimm_fast.models.infimm_hd.costs import picture_costs
 
 NAME = "exported_model"
 _TOKENS = 32

@@ -21,7 +21,7 @@ from infimm_fast.benchmarks.registry import (
     register_implementation,
     register_op,
 )
-from infimm_fast.benchmarks.suites.gated_cross_attention import (
+from infimm_fast.benchmarks.suites.interval_attention import (
     Attention,
     additive_mask,
     checked_part,
@@ -36,8 +36,8 @@ from infimm_fast.benchmarks.suites.gated_cross_attention import (
     visible_pairs,
     visual_tokens,
 )
-from infimm_fast.modeling_gated_cross_attention import GatedCrossAttentionBlock
-from infimm_fast.modules import FusedGatedCrossAttentionBlock
+from infimm_fast.models.infimm_hd.fused_gated_cross_attention import FusedGatedCrossAttentionBlock
+from infimm_fast.models.infimm_hd.modeling_gated_cross_attention import GatedCrossAttentionBlock
 
 NAME = "gated_block"
 
@@ -96,7 +96,7 @@ class GatedBlock(Op):
     def reference(self, case: Case, inputs: Inputs, dtype: torch.dtype) -> Outputs:
         """Return the plain block's result for the checked text tokens, one row at a time."""
         block = copy.deepcopy(inputs["block"]).to(dtype)
-        block.attn.implementation = "reference"
+        block.attn.backend = "reference"
         rows, tokens = checked_part(case)
         parts = []
         for row in rows:
@@ -167,7 +167,7 @@ def _our_block(implementation: str, fused: bool = False, fold: bool = False) -> 
         block = copy.deepcopy(inputs["block"])
         if fused:
             block = FusedGatedCrossAttentionBlock.from_block(block)
-        block.attn.implementation = implementation
+        block.attn.backend = implementation
         if fold:
             block.fold()
         arguments = [inputs[name] for name in ("x", "kv_range", "has_image", "features", "key_value")]

@@ -19,7 +19,7 @@ from infimm_fast.benchmarks.registry import (
     register_op,
 )
 from infimm_fast.kernels import gated_residual
-from infimm_fast.kernels.gated_residual.reference import gated_residual_reference
+from infimm_fast.kernels.residual.reference import gated_residual_reference
 
 NAME = "gated_residual"
 _NAMES = ("x", "y", "gate", "norm_weight", "norm_bias")
@@ -121,9 +121,9 @@ def _ours(case: Case, inputs: Inputs, backend: str) -> Run:
     return lambda: gated_residual(x, y, gate, norm_weight=weight, norm_bias=bias, backend=backend)
 
 
-@register_implementation(NAME, "infimm_fast composite", ours=True)
+@register_implementation(NAME, "infimm_fast sdpa", ours=True)
 def _composite(case: Case, inputs: Inputs) -> Run:
-    return _ours(case, inputs, "composite")
+    return _ours(case, inputs, "sdpa")
 
 
 @register_implementation(NAME, "infimm_fast", ours=True, requires=needs_cuda)

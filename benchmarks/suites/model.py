@@ -26,20 +26,20 @@ from infimm_fast.benchmarks.registry import (
     prepare,
     register_implementation,
 )
-from infimm_fast.configuration_infimm_hd import InfiMMHDConfig
-from infimm_fast.modeling_gated_cross_attention import project_visual_at_once
-from infimm_fast.modeling_infimm_hd import InfiMMHDForConditionalGeneration
-from infimm_fast.optimization import optimize, restore
-from infimm_fast.presets import preset
-from infimm_fast.testing import Errors, assert_error_budget
-from infimm_fast.visual_context import VisualContext
+from infimm_fast.integrations.optimization import optimize, restore
+from infimm_fast.kernels.common.numerics import Errors, assert_error_budget
+from infimm_fast.models.infimm_hd.configuration_infimm_hd import InfiMMHDConfig
+from infimm_fast.models.infimm_hd.modeling_gated_cross_attention import project_visual_at_once
+from infimm_fast.models.infimm_hd.modeling_infimm_hd import InfiMMHDForConditionalGeneration
+from infimm_fast.models.infimm_hd.presets import preset
+from infimm_fast.models.infimm_hd.visual_context import VisualContext
 
 # Largest RMS deviation from the SDPA model in the same precision, over its RMS. Roundings of all layers add up (the naive
 # tiny model comes to 5e-2 in bf16), so this finds gross errors; the two other checks are the strict ones.
 DEVIATIONS = {"fp32": 1e-4, "fp16": 2e-2, "bf16": 1e-1}
 _SLICE_LAYERS, _SLICE_TOKENS = 2, 16
 # Fused ops that a way to run the model stands on.
-_ATTENTION = ("subimage_attention", "infimm_fast"), ("gated_cross_attention", "infimm_fast")
+_ATTENTION = ("subimage_attention", "infimm_fast"), ("interval_attention", "infimm_fast")
 _OPS: dict[str, tuple[tuple[str, str], ...]] = {
     "infimm_fast": _ATTENTION,
     "fused": (*_ATTENTION, ("gated_block", "fused")),
@@ -68,7 +68,7 @@ def load_model(name: str, dtype: str, device: torch.device) -> InfiMMHDForCondit
 
 
 def _compile(model: InfiMMHDForConditionalGeneration) -> None:
-    model.set_implementation("sdpa")
+    model.set_backend("sdpa")
     # One compiled block serves all layers of the tower; the decoder is a graph of its own.
     for block in model.vision_tower.blocks:
         block.compile(dynamic=False)
@@ -78,16 +78,16 @@ def _compile(model: InfiMMHDForConditionalGeneration) -> None:
 def _reset(model: InfiMMHDForConditionalGeneration) -> None:
     """Bring the model back to plain SDPA, whatever was done to it."""
     restore(model)
-    model.set_implementation("sdpa")
+    model.set_backend("sdpa")
     for module in (*model.vision_tower.blocks, model.language_model.get_decoder()):
         module._compiled_call_impl = None
 
 
 _ENTER: dict[str, Callable[[InfiMMHDForConditionalGeneration], Any]] = {
-    "naive": lambda model: model.set_implementation("reference"),
-    "sdpa": lambda model: model.set_implementation("sdpa"),
+    "naive": lambda model: model.set_backend("reference"),
+    "sdpa": lambda model: model.set_backend("sdpa"),
     "sdpa compiled": _compile,
-    "infimm_fast": lambda model: model.set_implementation("triton"),
+    "infimm_fast": lambda model: model.set_backend("triton"),
     "fused": lambda model: optimize(model, fold=False),
     "fused folded": lambda model: optimize(model, fold=True),
 }
@@ -192,7 +192,7 @@ def _slice_logits(model: InfiMMHDForConditionalGeneration) -> torch.Tensor:
 def _slice_references(preset_name: str, dtype: str, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the slice's logits by the plain statement: in the model's precision, and in a wider one."""
     model = _slice_model(preset_name, dtype, device)
-    model.set_implementation("reference")
+    model.set_backend("reference")
     plain = _slice_logits(model)
     # fp64 fits, but the language model's norms and positions are fp32 in any case.
     wide = torch.float64 if dtype == "fp32" else torch.float32
@@ -238,6 +238,6 @@ def make_context(model: InfiMMHDForConditionalGeneration, features: torch.Tensor
 
 def key_values_of(model: InfiMMHDForConditionalGeneration, features: torch.Tensor) -> tuple | None:
     """Return K/V of all gated blocks, or None where the implementation projects them in every step."""
-    if model.config.implementation == "reference":
+    if model.config.backend == "reference":
         return None
     return project_visual_at_once([block.attn for block in model.gated_blocks], features)

@@ -23,7 +23,7 @@ from infimm_fast.benchmarks.registry import (
     register_op,
 )
 from infimm_fast.kernels import subimage_attention
-from infimm_fast.kernels.subimage_attention.reference import subimage_attention_reference
+from infimm_fast.kernels.subimage.reference import subimage_attention_reference
 
 NAME = "subimage_attention"
 # Tiles do not see each other, and the fp64 reference of all of them would not fit.

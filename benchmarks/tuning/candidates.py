@@ -10,8 +10,8 @@ from typing import Any
 from infimm_fast.benchmarks.tuning.jobs import CROSS, RESIDUAL, SUBIMAGE, Job, shipped_config
 from infimm_fast.kernels.common.configs import cover_of
 from infimm_fast.kernels.common.launch import LaunchConfig
-from infimm_fast.kernels.gated_cross_attention import config as cross_config
-from infimm_fast.kernels.gated_residual import config as residual_config
+from infimm_fast.kernels.interval import config as cross_config
+from infimm_fast.kernels.residual import config as residual_config
 
 # Importance of jobs that get few candidates.
 LEAST_IMPORTANT = 3
@@ -182,7 +182,7 @@ def constants_set(job: Job, constants: dict[str, int]) -> Iterator[None]:
 
 
 def _modules_with(name: str) -> list[Any]:
-    from infimm_fast.kernels.gated_cross_attention import decode
+    from infimm_fast.kernels.interval import decode
 
     return [module for module in (cross_config, decode) if hasattr(module, name)]
 

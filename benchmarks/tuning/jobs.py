@@ -14,14 +14,14 @@ import torch
 
 from infimm_fast.benchmarks.cases import TOWERS, TowerShape, item_size, self_attention_flops
 from infimm_fast.benchmarks.registry import OPS, Case, Inputs, Op, load_suites
-from infimm_fast.benchmarks.suites.gated_cross_attention import visible_pairs, visual_tokens
-from infimm_fast.costs import attention_flops
+from infimm_fast.benchmarks.suites.interval_attention import visible_pairs, visual_tokens
 from infimm_fast.kernels.common.launch import LaunchConfig
-from infimm_fast.kernels.gated_cross_attention import config as cross_config
-from infimm_fast.kernels.gated_residual import config as residual_config
-from infimm_fast.kernels.subimage_attention import config as subimage_config
+from infimm_fast.kernels.interval import config as cross_config
+from infimm_fast.kernels.residual import config as residual_config
+from infimm_fast.kernels.subimage import config as subimage_config
+from infimm_fast.models.infimm_hd.costs import attention_flops
 
-SUBIMAGE, CROSS, RESIDUAL = "subimage_attention", "gated_cross_attention", "gated_residual"
+SUBIMAGE, CROSS, RESIDUAL = "subimage_attention", "interval_attention", "gated_residual"
 # Products of matrices that a kernel computes; the forward's two are what `attention_flops` counts.
 _PRODUCTS = {"forward": 2, "decode": 2, "backward_kv": 4, "backward_q": 3}
 Outputs = tuple[torch.Tensor, ...]
@@ -173,13 +173,13 @@ def launch(job: Job, inputs: Inputs, config: LaunchConfig, arch: int) -> Outputs
 
 
 def _launch_subimage(job: Job, inputs: Inputs, config: LaunchConfig, arch: int) -> Outputs:
-    from infimm_fast.kernels.subimage_attention.forward import launch_forward
+    from infimm_fast.kernels.subimage.forward import launch_forward
 
     return launch_forward(inputs["q"], inputs["k"], inputs["v"], **_subimage_options(job), config=config)
 
 
 def _launch_subimage_backward(job: Job, inputs: Inputs, config: LaunchConfig, arch: int) -> Outputs:
-    from infimm_fast.kernels.subimage_attention.backward import launch_backward
+    from infimm_fast.kernels.subimage.backward import launch_backward
 
     packed = torch.empty_like(inputs["qkv"])
     dq, dk, dv = packed.unbind(2)
@@ -202,13 +202,13 @@ def _backward_configs(job: Job, config: LaunchConfig, arch: int) -> dict[str, An
 
 
 def _launch_cross(job: Job, inputs: Inputs, config: LaunchConfig, arch: int) -> Outputs:
-    from infimm_fast.kernels.gated_cross_attention.forward import launch_forward
+    from infimm_fast.kernels.interval.forward import launch_forward
 
     return launch_forward(inputs["q"], inputs["k"], inputs["v"], inputs["kv_range"], job.width**-0.5, config=config)
 
 
 def _launch_cross_backward(job: Job, inputs: Inputs, config: LaunchConfig, arch: int) -> Outputs:
-    from infimm_fast.kernels.gated_cross_attention.backward import launch_backward
+    from infimm_fast.kernels.interval.backward import launch_backward
 
     q, k, v, kv_range = (inputs[name] for name in ("q", "k", "v", "kv_range"))
     (gradient,), (out, lse) = inputs["gradients"], inputs["forward"]
@@ -219,14 +219,14 @@ def _launch_cross_backward(job: Job, inputs: Inputs, config: LaunchConfig, arch:
 
 
 def _launch_residual(job: Job, inputs: Inputs, config: LaunchConfig, arch: int) -> Outputs:
-    from infimm_fast.kernels.gated_residual.forward import launch_forward
+    from infimm_fast.kernels.residual.forward import launch_forward
 
     x, y, gate, weight, bias = (inputs[name] for name in ("x", "y", "gate", "norm_weight", "norm_bias"))
     return launch_forward(x, y, gate, None, weight, bias, 1e-5, config=config)
 
 
 def _launch_residual_backward(job: Job, inputs: Inputs, config: LaunchConfig, arch: int) -> Outputs:
-    from infimm_fast.kernels.gated_residual.backward import launch_backward
+    from infimm_fast.kernels.residual.backward import launch_backward
 
     y, gate, weight = inputs["y"], inputs["gate"], inputs["norm_weight"]
     out, normed = inputs["forward"]

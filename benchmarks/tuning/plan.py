@@ -30,8 +30,8 @@ from infimm_fast.benchmarks.tuning.prediction import MACHINES, Prediction, Work,
 from infimm_fast.errors import ConfigurationError
 from infimm_fast.kernels.common.launch import LaunchConfig
 from infimm_fast.kernels.common.offline import Launch, compile_triton, recorded_launches, source_of
-from infimm_fast.kernels.gated_cross_attention.config import MIN_BLOCKS_PER_UNIT
-from infimm_fast.kernels.gated_residual.config import rows_of_programs
+from infimm_fast.kernels.interval.config import MIN_BLOCKS_PER_UNIT
+from infimm_fast.kernels.residual.config import rows_of_programs
 
 FORMAT = "infimm_fast tuning plan 1"
 # Candidates of a job that are timed, by its importance.

@@ -25,8 +25,8 @@ from infimm_fast.benchmarks.tuning.results import JobResult, Measured, Results
 from infimm_fast.benchmarks.tuning.warm import NOT_REACHED, warm_up
 from infimm_fast.errors import ConfigurationError
 from infimm_fast.kernels.common.launch import interpreting
+from infimm_fast.kernels.common.numerics import assert_error_budget, poisoned_memory
 from infimm_fast.kernels.common.offline import recorded_launches
-from infimm_fast.testing import assert_error_budget, poisoned_memory
 
 # What a candidate costs beside its timing, and a job for inputs and reference; seconds.
 _CANDIDATE_SECONDS, _JOB_SECONDS = 0.3, 2.0

@@ -9,10 +9,10 @@ from torch import nn
 from transformers import DynamicCache
 
 from infimm_fast.export.common.spec import VISUAL_MULTIPLE, padded_visual_length
-from infimm_fast.modeling_gated_cross_attention import CrossAttentionInputs, VisualCrossAttention
-from infimm_fast.modeling_infimm_hd import InfiMMHDForConditionalGeneration
-from infimm_fast.position_embedding import tile_position_embedding
-from infimm_fast.visual_context import VisualContext
+from infimm_fast.models.infimm_hd.modeling_gated_cross_attention import CrossAttentionInputs, VisualCrossAttention
+from infimm_fast.models.infimm_hd.modeling_infimm_hd import InfiMMHDForConditionalGeneration
+from infimm_fast.models.infimm_hd.position_embedding import tile_position_embedding
+from infimm_fast.models.infimm_hd.visual_context import VisualContext
 
 
 class VisionGraph(nn.Module):

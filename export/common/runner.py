@@ -8,16 +8,16 @@ from typing import Any, Protocol
 
 import torch
 
-from infimm_fast.configuration_infimm_hd import InfiMMHDConfig
 from infimm_fast.errors import ImageCountError
 from infimm_fast.export.common.artifact import Manifest
 from infimm_fast.export.common.errors import ArtifactError, LimitError
 from infimm_fast.export.common.spec import VISUAL_MULTIPLE, TensorSpec, padded_visual_length
-from infimm_fast.image_processing_infimm_hd import nest_images
-from infimm_fast.position_embedding import encode_places
-from infimm_fast.processing_infimm_hd import InfiMMHDProcessor
-from infimm_fast.tiling import tile_count, tile_places
-from infimm_fast.visual_context import VisualContext, consecutive_ranges, count_images
+from infimm_fast.models.infimm_hd.configuration_infimm_hd import InfiMMHDConfig
+from infimm_fast.models.infimm_hd.image_processing_infimm_hd import nest_images
+from infimm_fast.models.infimm_hd.position_embedding import encode_places
+from infimm_fast.models.infimm_hd.processing_infimm_hd import InfiMMHDProcessor
+from infimm_fast.models.infimm_hd.tiling import tile_count, tile_places
+from infimm_fast.models.infimm_hd.visual_context import VisualContext, consecutive_ranges, count_images
 
 
 class Backend(Protocol):

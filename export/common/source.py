@@ -1,4 +1,4 @@
-"""The model that an export starts from: loaded, with its dtype settled, on implementations that can be exported."""
+"""The model that an export starts from: loaded, with its dtype settled, on backends that can be exported."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from infimm_fast.configuration_infimm_hd import InfiMMHDConfig
 from infimm_fast.export.common.artifact import PROCESSOR
 from infimm_fast.export.common.errors import ExportError
 from infimm_fast.export.common.spec import DTYPES, check_dtype, default_limits
-from infimm_fast.modeling_infimm_hd import InfiMMHDForConditionalGeneration
-from infimm_fast.modules import FusedGatedCrossAttentionBlock
-from infimm_fast.processing_infimm_hd import InfiMMHDProcessor
+from infimm_fast.models.infimm_hd.configuration_infimm_hd import InfiMMHDConfig
+from infimm_fast.models.infimm_hd.fused_gated_cross_attention import FusedGatedCrossAttentionBlock
+from infimm_fast.models.infimm_hd.modeling_infimm_hd import InfiMMHDForConditionalGeneration
+from infimm_fast.models.infimm_hd.processing_infimm_hd import InfiMMHDProcessor
 from infimm_fast.registration import register_auto
 
 
@@ -79,21 +79,21 @@ def settle_limits(config: InfiMMHDConfig, limits: Mapping[str, tuple[int, int]] 
 
 @contextlib.contextmanager
 def as_exported(model: InfiMMHDForConditionalGeneration) -> Iterator[None]:
-    """Put a model in evaluation mode and on the implementations that can be exported, and back afterwards."""
+    """Put a model in evaluation mode and on the backends that can be exported, and back afterwards."""
     training = model.training
-    modules = [(module, module.implementation) for module in model.modules() if hasattr(module, "implementation")]
+    modules = [(module, module.backend) for module in model.modules() if hasattr(module, "backend")]
     attention = model.language_model.config._attn_implementation
     try:
         model.eval()
         for module, _ in modules:
-            module.implementation = "sdpa"
+            module.backend = "sdpa"
         if attention != "sdpa":
             model.language_model.set_attn_implementation("sdpa")
         yield
     finally:
         model.train(training)
-        for module, implementation in modules:
-            module.implementation = implementation
+        for module, backend in modules:
+            module.backend = backend
         if attention != "sdpa":
             model.language_model.set_attn_implementation(attention)
 

@@ -29,8 +29,8 @@ from dataclasses import dataclass
 
 import torch
 
-from infimm_fast.configuration_infimm_hd import InfiMMHDConfig
 from infimm_fast.export.common.errors import ExportError, LimitError
+from infimm_fast.models.infimm_hd.configuration_infimm_hd import InfiMMHDConfig
 
 GRAPHS = ("vision", "cross_kv", "decoder")
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}

@@ -11,14 +11,14 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
-from infimm_fast.configuration_infimm_hd import InfiMMHDConfig
 from infimm_fast.export.common.artifact import Progress, no_progress
 from infimm_fast.export.common.errors import LimitError, ShapeError, ToleranceError
 from infimm_fast.export.common.graphs import nest_inputs
 from infimm_fast.export.common.spec import VISUAL_MULTIPLE, GraphSpec, padded_visual_length
-from infimm_fast.position_embedding import THUMBNAIL
-from infimm_fast.testing import Errors, measure_errors, outlier_normal
-from infimm_fast.visual_context import VisualContext, consecutive_ranges, count_images
+from infimm_fast.kernels.common.numerics import Errors, measure_errors, outlier_normal
+from infimm_fast.models.infimm_hd.configuration_infimm_hd import InfiMMHDConfig
+from infimm_fast.models.infimm_hd.position_embedding import THUMBNAIL
+from infimm_fast.models.infimm_hd.visual_context import VisualContext, consecutive_ranges, count_images
 
 # Runs a graph: name, inputs by name -> outputs by name.
 Run = Callable[[str, Mapping[str, torch.Tensor]], dict[str, torch.Tensor]]

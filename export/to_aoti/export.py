@@ -46,8 +46,8 @@ from infimm_fast.export.common.spec import (
     model_graphs,
 )
 from infimm_fast.kernels.common.launch import keep_operators
-from infimm_fast.modeling_infimm_hd import InfiMMHDForConditionalGeneration
-from infimm_fast.processing_infimm_hd import InfiMMHDProcessor
+from infimm_fast.models.infimm_hd.modeling_infimm_hd import InfiMMHDForConditionalGeneration
+from infimm_fast.models.infimm_hd.processing_infimm_hd import InfiMMHDProcessor
 
 TARGET = "aoti"
 WEIGHTS = "aoti/model.safetensors"

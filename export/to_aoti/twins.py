@@ -15,7 +15,7 @@ from torch.library import triton_op, wrap_triton
 from infimm_fast.export.to_kernels.sources import cross_attention_source, subimage_source
 from infimm_fast.kernels.common.launch import capability
 from infimm_fast.kernels.common.offline import KernelSource
-from infimm_fast.kernels.subimage_attention.reference import apply_rope
+from infimm_fast.kernels.subimage.reference import apply_rope
 
 
 def _launch(
@@ -41,8 +41,8 @@ def subimage_attention_triton(qkv: torch.Tensor, scale: float, is_causal: bool) 
     return out
 
 
-@triton_op("infimm_fast::gated_cross_attention_triton", mutates_args=())
-def gated_cross_attention_triton(
+@triton_op("infimm_fast::interval_attention_triton", mutates_args=())
+def interval_attention_triton(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, kv_range: torch.Tensor, scale: float
 ) -> torch.Tensor:
     """Gated cross-attention of contiguous tensors: q ``[B, T, Hq, D]``, k and v ``[S, Hkv, D]``, kv_range ``[B, T, 2]``."""
@@ -72,7 +72,7 @@ def _separate(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *options: Any) 
 
 
 def _cross(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, kv_range: torch.Tensor, scale: float, backend: str) -> tuple:
-    out = gated_cross_attention_triton(*(x.contiguous() for x in (q, k, v, kv_range)), scale)
+    out = interval_attention_triton(*(x.contiguous() for x in (q, k, v, kv_range)), scale)
     return out, _no_lse(out)
 
 
@@ -90,5 +90,5 @@ def _no_lse(out: torch.Tensor) -> torch.Tensor:
 TWINS: dict[Any, Callable[..., Any]] = {
     torch.ops.infimm_fast.subimage_attention_packed.default: _packed,
     torch.ops.infimm_fast.subimage_attention.default: _separate,
-    torch.ops.infimm_fast.gated_cross_attention.default: _cross,
+    torch.ops.infimm_fast.interval_attention.default: _cross,
 }

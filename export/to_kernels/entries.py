@@ -10,8 +10,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from infimm_fast.kernels.gated_cross_attention.forward import forward_kernel as cross_attention_kernel
-from infimm_fast.kernels.subimage_attention.forward import forward_kernel as subimage_kernel
+from infimm_fast.kernels.interval.forward import forward_kernel as cross_attention_kernel
+from infimm_fast.kernels.subimage.forward import forward_kernel as subimage_kernel
 
 # Contiguous rows of a head dim that is a multiple of 8 start at multiples of 8 elements.
 ALIGN = tl.constexpr(8)
@@ -94,7 +94,7 @@ def attend_tiles(
 
 
 @triton.jit(do_not_specialize=["num_tokens", "num_keys"])
-def gated_cross_attention_entry(
+def interval_attention_entry(
     q_ptr,
     k_ptr,
     v_ptr,

@@ -16,7 +16,7 @@ from infimm_fast.export.to_kernels.sources import (
     subimage_source,
 )
 from infimm_fast.kernels.common.offline import KernelSource, Launch, recorded_launches, source_of
-from infimm_fast.kernels.subimage_attention.config import SHORT
+from infimm_fast.kernels.subimage.config import SHORT
 
 # Sizes of the recorded calls; no kernel is specialised for them, but for a token count's remainder.
 TILES, TOKENS, KEYS = 2, 1025, 10250
@@ -68,7 +68,7 @@ _CROSS_GRIDS = {
     "plan_kernel": "cdiv(batch, ROWS)",
     "decode_kernel": "cdiv(batch, ROWS) * num_units * num_kv_heads",
     "combine_kernel": "num_rows",
-    "gated_cross_attention_entry": "cdiv(num_tokens * GROUP, BLOCK_M) * cdiv(H, GROUP) * batch",
+    "interval_attention_entry": "cdiv(num_tokens * GROUP, BLOCK_M) * cdiv(H, GROUP) * batch",
 }
 RECIPES = (
     Recipe("subimage_attention", "packed", f"qkv contiguous, {TOKENS} tokens or 1 + a multiple of BLOCK_N", _SUBIMAGE_GRIDS),
@@ -77,12 +77,12 @@ RECIPES = (
     Recipe("subimage_attention", "masked", "any strides, any number of tokens", _SUBIMAGE_GRIDS),
     Recipe("subimage_attention", "rope", "any strides, a class token, rotary position embedding", _SUBIMAGE_GRIDS),
     Recipe("subimage_attention", "short", f"any strides, up to {SHORT} tokens", _SUBIMAGE_GRIDS),
-    Recipe("gated_cross_attention", "contiguous", "contiguous, a prompt", _CROSS_GRIDS),
-    Recipe("gated_cross_attention", "contiguous_decode", "contiguous, one token, keys not split", _CROSS_GRIDS),
-    Recipe("gated_cross_attention", "prompt", "any strides, a prompt", _CROSS_GRIDS),
-    Recipe("gated_cross_attention", "short", "any strides, a short prompt", _CROSS_GRIDS),
-    Recipe("gated_cross_attention", "decode", "any strides, a step of several batch rows, keys split", _CROSS_GRIDS),
-    Recipe("gated_cross_attention", "decode_one", "any strides, a step of one batch row, keys split", _CROSS_GRIDS),
+    Recipe("interval_attention", "contiguous", "contiguous, a prompt", _CROSS_GRIDS),
+    Recipe("interval_attention", "contiguous_decode", "contiguous, one token, keys not split", _CROSS_GRIDS),
+    Recipe("interval_attention", "prompt", "any strides, a prompt", _CROSS_GRIDS),
+    Recipe("interval_attention", "short", "any strides, a short prompt", _CROSS_GRIDS),
+    Recipe("interval_attention", "decode", "any strides, a step of several batch rows, keys split", _CROSS_GRIDS),
+    Recipe("interval_attention", "decode_one", "any strides, a step of one batch row, keys split", _CROSS_GRIDS),
 )
 PARAMETERS = {
     "q_ptr": "queries",
@@ -106,7 +106,7 @@ PARAMETERS = {
     "num_keys": "rows of keys and values",
     "num_batches": "batch rows",
     "num_rows": "batch * num_tokens * heads",
-    "num_units": "see choose_split in kernels/gated_cross_attention/config.py",
+    "num_units": "see choose_split in kernels/interval/config.py",
     "num_splits": "see choose_split",
     "max_splits": "see choose_split",
     "pool": "see choose_split",
@@ -148,7 +148,7 @@ def _cross_entry(rows: int) -> Callable[[Request], KernelSource]:
 
 def _subimage(tokens: int, *, peel: bool = True, rope: bool = False) -> Callable[[Request], int]:
     def run(request: Request) -> int:
-        from infimm_fast.kernels.subimage_attention.forward import launch_forward
+        from infimm_fast.kernels.subimage.forward import launch_forward
 
         head_dim = request.head_dim
         packed = torch.empty((TILES, tokens, 3, request.heads, head_dim), dtype=request.dtype, device="meta")
@@ -164,7 +164,7 @@ def _subimage(tokens: int, *, peel: bool = True, rope: bool = False) -> Callable
 
 def _cross(kernel: str, tokens: int, batch: int = TILES) -> Callable[[Request], int]:
     def run(request: Request) -> int:
-        from infimm_fast.kernels.gated_cross_attention.forward import launch_forward
+        from infimm_fast.kernels.interval.forward import launch_forward
 
         def make(*shape: int) -> torch.Tensor:
             return torch.empty((*shape, request.heads, request.head_dim), dtype=request.dtype, device="meta")
@@ -185,12 +185,12 @@ _RUNNERS: dict[tuple[str, str], Callable[[Request], Any]] = {
     ("subimage_attention", "masked"): _subimage(729, peel=False),
     ("subimage_attention", "rope"): _subimage(TOKENS, rope=True),
     ("subimage_attention", "short"): _subimage(SHORT - 1),
-    ("gated_cross_attention", "contiguous"): _cross_entry(CROSS_ROWS["prompt"]),
-    ("gated_cross_attention", "contiguous_decode"): _cross_entry(CROSS_ROWS["decode"]),
-    ("gated_cross_attention", "prompt"): _cross("forward", CROSS_ROWS["prompt"]),
-    ("gated_cross_attention", "short"): _cross("forward", CROSS_ROWS["short"]),
-    ("gated_cross_attention", "decode"): _cross("decode", CROSS_ROWS["decode"]),
-    ("gated_cross_attention", "decode_one"): _cross("decode", CROSS_ROWS["decode"], batch=1),
+    ("interval_attention", "contiguous"): _cross_entry(CROSS_ROWS["prompt"]),
+    ("interval_attention", "contiguous_decode"): _cross_entry(CROSS_ROWS["decode"]),
+    ("interval_attention", "prompt"): _cross("forward", CROSS_ROWS["prompt"]),
+    ("interval_attention", "short"): _cross("forward", CROSS_ROWS["short"]),
+    ("interval_attention", "decode"): _cross("decode", CROSS_ROWS["decode"]),
+    ("interval_attention", "decode_one"): _cross("decode", CROSS_ROWS["decode"], batch=1),
 }
 
 

@@ -11,9 +11,9 @@ import torch
 
 from infimm_fast.kernels.common.launch import LaunchConfig
 from infimm_fast.kernels.common.offline import TYPE_NAMES, KernelSource
-from infimm_fast.kernels.gated_cross_attention.config import DECODE_TOKENS
-from infimm_fast.kernels.gated_cross_attention.config import choose_config as choose_cross_config
-from infimm_fast.kernels.subimage_attention.config import choose_config as choose_subimage_config
+from infimm_fast.kernels.interval.config import DECODE_TOKENS
+from infimm_fast.kernels.interval.config import choose_config as choose_cross_config
+from infimm_fast.kernels.subimage.config import choose_config as choose_subimage_config
 
 # Rows of queries that stand for their bucket in `choose_cross_config`: a step of decoding, a short prompt, a prompt.
 CROSS_ROWS = {"decode": 1, "short": 64, "prompt": 512}
@@ -99,7 +99,7 @@ def cross_attention_source(
     signature = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr"), name) | {"range_ptr": f"*{TYPE_NAMES[index]}"}
     signature |= {"num_tokens": "i32", "num_keys": "i32", "out_ptr": name}
     constants = {"H": heads, "SCALE": scale, **tile_constants(config, head_dim), "GROUP": heads // kv_heads}
-    return _source(entries.gated_cross_attention_entry, signature, constants, config)
+    return _source(entries.interval_attention_entry, signature, constants, config)
 
 
 def tile_constants(config: LaunchConfig, head_dim: int) -> dict[str, Any]:

@@ -52,8 +52,8 @@ from infimm_fast.export.to_onnx.weights import (
     transpose_weights,
     weight_bytes,
 )
-from infimm_fast.modeling_infimm_hd import InfiMMHDForConditionalGeneration
-from infimm_fast.processing_infimm_hd import InfiMMHDProcessor
+from infimm_fast.models.infimm_hd.modeling_infimm_hd import InfiMMHDForConditionalGeneration
+from infimm_fast.models.infimm_hd.processing_infimm_hd import InfiMMHDProcessor
 
 logger = logging.getLogger("infimm_fast.export")
 

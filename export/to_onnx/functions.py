@@ -7,8 +7,8 @@ log-sum-exp output.
 ``infimm::SubimageAttention(q, k, v; scale, is_causal) -> out``
     `infimm_fast.kernels.subimage_attention` on ``[B, N, H, D]``. RoPE is applied before the node, in standard operators.
 
-``infimm::GatedCrossAttention(q, k, v, kv_range; scale) -> out``
-    `infimm_fast.kernels.gated_cross_attention` on q ``[B, T, Hq, D]``, k and v ``[S, Hkv, D]``, S >= 1, and int64
+``infimm::IntervalAttention(q, k, v, kv_range; scale) -> out``
+    `infimm_fast.kernels.interval_attention` on q ``[B, T, Hq, D]``, k and v ``[S, Hkv, D]``, S >= 1, and int64
     kv_range ``[B, T, 2]``.
 """
 
@@ -46,7 +46,7 @@ def _schema(name: str, inputs: tuple[str, ...], attributes: dict[str, OpSchema.A
 SUBIMAGE_ATTENTION = _schema(
     "SubimageAttention", ("q", "k", "v"), {"scale": OpSchema.AttrType.FLOAT, "is_causal": OpSchema.AttrType.INT}
 )
-GATED_CROSS_ATTENTION = _schema("GatedCrossAttention", ("q", "k", "v", "kv_range"), {"scale": OpSchema.AttrType.FLOAT})
+INTERVAL_ATTENTION = _schema("IntervalAttention", ("q", "k", "v", "kv_range"), {"scale": OpSchema.AttrType.FLOAT})
 
 
 def _node(op: str, inputs: str, outputs: str, **attributes: Any) -> onnx.NodeProto:
@@ -83,8 +83,8 @@ def subimage_attention_body(opset: int) -> onnx.FunctionProto:
     return _function(SUBIMAGE_ATTENTION, nodes, opset)
 
 
-def gated_cross_attention_body(opset: int) -> onnx.FunctionProto:
-    """Return ``infimm::GatedCrossAttention`` in standard operators: batch and text are one query axis under one mask."""
+def interval_attention_body(opset: int) -> onnx.FunctionProto:
+    """Return ``infimm::IntervalAttention`` in standard operators: batch and text are one query axis under one mask."""
     nodes = [
         _node("Constant", "", "zero", value_int=0),
         _node("Constant", "", "one", value_int=1),
@@ -126,13 +126,13 @@ def gated_cross_attention_body(opset: int) -> onnx.FunctionProto:
         _node("Reshape", "kept_rows q_shape", "out"),
     ]
     nodes.insert(0, _node("Constant", "", "column", value_ints=[1, -1, 1, 1]))
-    return _function(GATED_CROSS_ATTENTION, nodes, opset)
+    return _function(INTERVAL_ATTENTION, nodes, opset)
 
 
 def append_bodies(model: ir.Model, opset: int) -> None:
     """Give a model the bodies of those of our ops that it uses."""
     used = {node.op_type for node in model.graph if node.domain == DOMAIN}
-    for schema, body in ((SUBIMAGE_ATTENTION, subimage_attention_body), (GATED_CROSS_ATTENTION, gated_cross_attention_body)):
+    for schema, body in ((SUBIMAGE_ATTENTION, subimage_attention_body), (INTERVAL_ATTENTION, interval_attention_body)):
         if schema.name in used:
             function = ir.serde.deserialize_function(body(opset))
             model.functions[function.identifier()] = function
@@ -156,7 +156,7 @@ def translations(opset: int) -> dict[Callable, Callable]:
     op = getattr(onnxscript, f"opset{opset}")
     domain = values.Opset(DOMAIN, DOMAIN_VERSION)
     subimage_node = values.Op(domain, SUBIMAGE_ATTENTION.name, SUBIMAGE_ATTENTION)
-    cross_node = values.Op(domain, GATED_CROSS_ATTENTION.name, GATED_CROSS_ATTENTION)
+    cross_node = values.Op(domain, INTERVAL_ATTENTION.name, INTERVAL_ATTENTION)
 
     def cross(q, k, v, kv_range, scale, backend):
         range64 = kv_range if kv_range.dtype == ir.DataType.INT64 else op.Cast(kv_range, to=ir.DataType.INT64.value)
@@ -181,14 +181,14 @@ def translations(opset: int) -> dict[Callable, Callable]:
 
     operators = torch.ops.infimm_fast
     return {
-        operators.gated_cross_attention.default: cross,
+        operators.interval_attention.default: cross,
         operators.subimage_attention.default: separate,
         operators.subimage_attention_packed.default: packed,
     }
 
 
 def _rotate(op: Any, x: Any, cos: Any, sin: Any, prefix: int, interleaved: bool) -> Any:
-    """Rotate queries or keys ``[B, N, H, D]`` as `infimm_fast.kernels.subimage_attention.reference.apply_rope` does."""
+    """Rotate queries or keys ``[B, N, H, D]`` as `infimm_fast.kernels.subimage.reference.apply_rope` does."""
     head_dim = cos.shape[-1]
     ints = lambda *numbers: op.Constant(value_ints=list(numbers))  # noqa: E731 - a name for a constant, nothing more
     tail = op.Slice(x, ints(prefix), ints(2**31 - 1), ints(1)) if prefix else x

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 import onnx
 
-from infimm_fast.configuration_infimm_hd import InfiMMHDConfig
 from infimm_fast.export.common.artifact import MANIFEST, Manifest, Progress, load_manifest, no_progress, write_json, writing
 from infimm_fast.export.common.errors import ArtifactError, ExportError
 from infimm_fast.export.common.spec import DTYPES
@@ -21,9 +20,10 @@ from infimm_fast.export.to_tensorrt.fp8 import linear_layers, quantize_graph
 from infimm_fast.export.to_tensorrt.lint import check_graph
 from infimm_fast.export.to_tensorrt.prepare import PLUGIN_OPS, attention_nodes, prepare_graph
 from infimm_fast.export.to_tensorrt.profiles import Limits, Profile, profiles_of, resolve_profiles
+from infimm_fast.models.infimm_hd.configuration_infimm_hd import InfiMMHDConfig
 
 if TYPE_CHECKING:
-    from infimm_fast.modeling_infimm_hd import InfiMMHDForConditionalGeneration
+    from infimm_fast.models.infimm_hd.modeling_infimm_hd import InfiMMHDForConditionalGeneration
 
 # The graphs whose linear layers run in FP8; the others are built in the artifact's own dtype.
 FP8_GRAPHS = ("vision",)

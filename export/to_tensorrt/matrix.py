@@ -24,8 +24,8 @@ from infimm_fast.export.common.graphs import graph_modules
 from infimm_fast.export.common.spec import DTYPES
 from infimm_fast.kernels.common.configs import ARCHITECTURES
 from infimm_fast.kernels.common.launch import TRITON_INSTALLED
-from infimm_fast.modeling_infimm_hd import InfiMMHDForConditionalGeneration
-from infimm_fast.presets import preset
+from infimm_fast.models.infimm_hd.modeling_infimm_hd import InfiMMHDForConditionalGeneration
+from infimm_fast.models.infimm_hd.presets import preset
 
 BEGIN, END = "<!-- begin: what was run -->", "<!-- end: what was run -->"
 PRECISIONS = ("float32", "float16", "bfloat16", "fp8")

@@ -29,7 +29,7 @@ from infimm_fast.kernels.common.offline import CompiledKernel, KernelSource, com
 
 SUBIMAGE = f"{DOMAIN}::SubimageAttention"
 SUBIMAGE_PACKED = f"{DOMAIN}::{PACKED_ATTENTION}"
-CROSS = f"{DOMAIN}::GatedCrossAttention"
+CROSS = f"{DOMAIN}::IntervalAttention"
 # Attributes are arrays of one number: release 10.16 cannot read scalars with NumPy 2.4.
 Float = npt.NDArray[np.float32]
 Int = npt.NDArray[np.int32]
@@ -173,10 +173,10 @@ def _define_cross(trt: Any, trtp: Any) -> None:
     def run(
         q: Tensor, k: Tensor, v: Tensor, kv_range: Tensor, scale: Float, outputs: tuple[Tensor], stream: int, tactic: int
     ) -> None:
-        from infimm_fast.kernels import gated_cross_attention
+        from infimm_fast.kernels import interval_attention
 
         with _on_stream(stream):
-            out = gated_cross_attention(*_as_torch(q, k, v, kv_range), scale=float(scale[0]), backend="triton")
+            out = interval_attention(*_as_torch(q, k, v, kv_range), scale=float(scale[0]), backend="triton")
             _write(outputs, out)
 
     @trtp.aot_impl(CROSS)

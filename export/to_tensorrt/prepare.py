@@ -18,7 +18,7 @@ from infimm_fast.export.to_onnx.functions import DOMAIN
 DECOMPOSABLE = "TRT_decomposable"
 PACKED_ATTENTION = "SubimageAttentionPacked"
 # Op types that stay nodes if plugins run them. The packed one comes out of the first by `_merge_packed_attention`.
-PLUGIN_OPS = ("SubimageAttention", "GatedCrossAttention", PACKED_ATTENTION)
+PLUGIN_OPS = ("SubimageAttention", "IntervalAttention", PACKED_ATTENTION)
 PLUGIN_VERSION = "1"
 _INTEGERS = (TensorProto.INT32, TensorProto.INT64)
 

@@ -55,7 +55,7 @@ def demo_command(
     repeats: Annotated[int, typer.Option(min=1, help="Timed runs of each stage; the median is shown.")] = 5,
     export: Annotated[bool, typer.Option("--export", help="Also through ONNX Runtime; needs infimm-fast[onnx].")] = False,
 ) -> None:
-    """Cut a picture, encode it, answer a question, and compare the implementations: same results, how fast."""
+    """Cut a picture, encode it, answer a question, and compare the backends: same results, how fast."""
     from infimm_fast.cli.demo import run_demo
 
     with one_line_errors():

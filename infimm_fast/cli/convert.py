@@ -9,11 +9,11 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from transformers import AutoTokenizer
 
-from infimm_fast.checkpoint import convert_checkpoint
-from infimm_fast.configuration_infimm_hd import InfiMMHDConfig
 from infimm_fast.errors import ConfigurationError
-from infimm_fast.presets import PRESETS
-from infimm_fast.presets import preset as make_preset
+from infimm_fast.models.infimm_hd.checkpoint import convert_checkpoint
+from infimm_fast.models.infimm_hd.configuration_infimm_hd import InfiMMHDConfig
+from infimm_fast.models.infimm_hd.presets import PRESETS
+from infimm_fast.models.infimm_hd.presets import preset as make_preset
 
 
 def run_convert(

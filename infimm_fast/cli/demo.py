@@ -1,4 +1,4 @@
-"""``infimm-fast demo``: one picture through every stage, once for each implementation, compared and timed."""
+"""``infimm-fast demo``: one picture through every stage, once for each backend, compared and timed."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from rich.console import Console
 from rich.table import Table
 from transformers import BatchFeature
 
-from infimm_fast.cli.doctor import FUSED, implementations
+from infimm_fast.cli.doctor import FUSED, backends
 from infimm_fast.cli.tiles import draw_tiles
 from infimm_fast.errors import CheckpointError, ConfigurationError
 from infimm_fast.images import load_image
-from infimm_fast.modeling_infimm_hd import InfiMMHDForConditionalGeneration
-from infimm_fast.optimization import optimize
-from infimm_fast.presets import preset as make_preset
-from infimm_fast.processing_infimm_hd import InfiMMHDProcessor
-from infimm_fast.tokenization_bytes import byte_tokenizer
+from infimm_fast.integrations.optimization import optimize
+from infimm_fast.models.infimm_hd.modeling_infimm_hd import InfiMMHDForConditionalGeneration
+from infimm_fast.models.infimm_hd.presets import preset as make_preset
+from infimm_fast.models.infimm_hd.processing_infimm_hd import InfiMMHDProcessor
+from infimm_fast.models.infimm_hd.tokenization_bytes import byte_tokenizer
 
 BASELINE = "reference"
 STAGES = ("tiling", "vision", "K/V projection", "prefill", "per token")
@@ -33,7 +33,7 @@ _LIMITS = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
 @dataclass
 class StageResults:
-    """What one implementation computed, and how long it took.
+    """What one backend computed, and how long it took.
 
     Attributes:
         tensors: result of each compared stage.
@@ -59,7 +59,7 @@ def run_demo(
     repeats: int,
     export: bool = False,
 ) -> bool:
-    """Run the demo; return whether all implementations gave the same results."""
+    """Run the demo; return whether all backends gave the same results."""
     device = _choose_device(device_name)
     dtype = _choose_dtype(dtype_name, device)
     picture = load_image(str(image_file))
@@ -76,12 +76,12 @@ def run_demo(
     text = processor.apply_chat_template(conversation, add_generation_prompt=True)
     inputs = processor(images=picture, text=text).to(device)
     results = {}
-    names = [name for name, runs, _ in implementations(device) if runs]
+    names = [name for name, runs, _ in backends(device) if runs]
     for name in names:
         if name == FUSED:
             optimize(model.requires_grad_(False))
         else:
-            model.set_implementation(name)
+            model.set_backend(name)
         with console.status(f"running {name} ..."):
             results[name] = _run_stages(model, inputs, max_new_tokens, repeats)
     if export:
@@ -91,7 +91,7 @@ def run_demo(
     tiling = median_seconds(lambda: processor.image_processor(picture), repeats, device)
     for result in results.values():
         result.seconds["tiling"] = tiling
-    for name, runs, remark in implementations(device):
+    for name, runs, remark in backends(device):
         console.print(f"{name if runs else f'no column for {name}'}: {remark}", highlight=False, markup=False)
     answer = processor.decode(results["sdpa"].tokens, skip_special_tokens=True)
     console.print(f"Question: {prompt}", highlight=False, markup=False)
@@ -210,7 +210,7 @@ def median_seconds(run: Callable[[], Any], repeats: int, device: torch.device) -
 
 
 def _print_parity(console: Console, results: dict[str, StageResults], dtype: torch.dtype) -> bool:
-    """Print the deviation of each implementation from the baseline; return whether all are within the limit."""
+    """Print the deviation of each backend from the baseline; return whether all are within the limit."""
     others = [name for name in results if name != BASELINE]
     table = Table(
         "stage", *(f"{name} against {BASELINE}" for name in others), title="Parity: largest deviation / largest value"

@@ -14,10 +14,10 @@ from infimm_fast.cli.demo import StageResults, median_seconds
 from infimm_fast.cli.export import progress_bars
 from infimm_fast.export import ExportedModel, export_onnx, load
 from infimm_fast.export.common.runner import Decoding
-from infimm_fast.modeling_infimm_hd import InfiMMHDForConditionalGeneration
-from infimm_fast.position_embedding import encode_places
-from infimm_fast.processing_infimm_hd import InfiMMHDProcessor
-from infimm_fast.tiling import tile_places
+from infimm_fast.models.infimm_hd.modeling_infimm_hd import InfiMMHDForConditionalGeneration
+from infimm_fast.models.infimm_hd.position_embedding import encode_places
+from infimm_fast.models.infimm_hd.processing_infimm_hd import InfiMMHDProcessor
+from infimm_fast.models.infimm_hd.tiling import tile_places
 
 
 def run_exported(

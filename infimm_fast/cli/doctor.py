@@ -42,8 +42,8 @@ def installed_version(names: tuple[str, ...]) -> str | None:
     return None
 
 
-def implementations(device: torch.device | None = None) -> list[tuple[str, bool, str]]:
-    """Return (name, whether it runs, remark) for every implementation of the model, the one to use last.
+def backends(device: torch.device | None = None) -> list[tuple[str, bool, str]]:
+    """Return (name, whether it runs, remark) for every backend of the model, the one to use last.
 
     Args:
         device: where the model is to run; None for a CUDA GPU if there is one, else the CPU.
@@ -86,10 +86,10 @@ def run_doctor(console: Console) -> None:
         found = installed_version(names)
         packages.add_row(" or ".join(names[:2]), found or "[yellow]no[/]", purpose, "" if found else escape(command))
     console.print(packages)
-    backends = Table("implementation", "runs here", "remark", title="Implementations of the model")
-    for name, runs, remark in implementations():
-        backends.add_row(name, "[green]yes[/]" if runs else "[yellow]no[/]", escape(remark))
-    console.print(backends)
+    table = Table("backend", "runs here", "remark", title="Backends of the model")
+    for name, runs, remark in backends():
+        table.add_row(name, "[green]yes[/]" if runs else "[yellow]no[/]", escape(remark))
+    console.print(table)
     console.print("Export targets: `infimm-fast export --help` lists them; each says what it lacks.", markup=False)
     for sentence in conflicts():
         console.print(f"[bold red]conflict:[/] {sentence}", highlight=False)

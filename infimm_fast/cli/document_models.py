@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from infimm_fast.cli.inspect import COST_COLUMNS, COST_LEGEND, cost_rows, count_preset, format_bytes, parse_size
-from infimm_fast.presets import preset
+from infimm_fast.models.infimm_hd.presets import preset
 
 _COMPUTED = re.compile(r"(<!-- computed: (\S+)((?: \d+x\d+)+) -->\n).*?(<!-- end -->)", re.DOTALL)
 

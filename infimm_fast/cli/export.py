@@ -17,11 +17,11 @@ from infimm_fast.export import export_onnx, verify_files
 from infimm_fast.export.common.artifact import Progress as Report
 from infimm_fast.export.common.source import load_model, load_processor
 from infimm_fast.export.common.spec import DTYPES, check_dtype
-from infimm_fast.modeling_infimm_hd import InfiMMHDForConditionalGeneration
-from infimm_fast.presets import PRESETS
-from infimm_fast.presets import preset as make_preset
-from infimm_fast.processing_infimm_hd import InfiMMHDProcessor
-from infimm_fast.tokenization_bytes import byte_tokenizer
+from infimm_fast.models.infimm_hd.modeling_infimm_hd import InfiMMHDForConditionalGeneration
+from infimm_fast.models.infimm_hd.presets import PRESETS
+from infimm_fast.models.infimm_hd.presets import preset as make_preset
+from infimm_fast.models.infimm_hd.processing_infimm_hd import InfiMMHDProcessor
+from infimm_fast.models.infimm_hd.tokenization_bytes import byte_tokenizer
 
 
 @contextmanager
@@ -111,7 +111,7 @@ def _source(
 def _folded(
     source: InfiMMHDForConditionalGeneration | Path, dtype: str | None, share_weights: bool
 ) -> InfiMMHDForConditionalGeneration:
-    from infimm_fast.optimization import optimize
+    from infimm_fast.integrations.optimization import optimize
 
     if share_weights:
         raise ConfigurationError("--fold makes new weights, and --share-weights points at the old ones; give one of them")

@@ -11,13 +11,13 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from infimm_fast.checkpoint_io import CheckpointReader
-from infimm_fast.configuration_infimm_hd import InfiMMHDConfig
-from infimm_fast.costs import picture_costs
 from infimm_fast.errors import CheckpointError, ConfigurationError
-from infimm_fast.modeling_infimm_hd import InfiMMHDForConditionalGeneration
-from infimm_fast.presets import PRESETS
-from infimm_fast.presets import preset as make_preset
+from infimm_fast.models.infimm_hd.checkpoint_io import CheckpointReader
+from infimm_fast.models.infimm_hd.configuration_infimm_hd import InfiMMHDConfig
+from infimm_fast.models.infimm_hd.costs import picture_costs
+from infimm_fast.models.infimm_hd.modeling_infimm_hd import InfiMMHDForConditionalGeneration
+from infimm_fast.models.infimm_hd.presets import PRESETS
+from infimm_fast.models.infimm_hd.presets import preset as make_preset
 
 # A branch whose gate lets less than this through is called closed.
 CLOSED = 0.05

@@ -1,6 +1,6 @@
 """Dense attention masks in which each token sees adjacent keys, as intervals; and back.
 
-Transformers hands its attention functions dense masks ``[B, 1, T, S]``, `gated_cross_attention` reads one interval of
+Transformers hands its attention functions dense masks ``[B, 1, T, S]``, `interval_attention` reads one interval of
 keys for each token. Whether a mask has that form is known only from its values, so that finding out makes the host wait
 for the device: once for each mask tensor, and never where values cannot be read.
 """
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from infimm_fast.kernels.gated_cross_attention.reference import interval_mask
+from infimm_fast.kernels.interval.reference import interval_mask
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ def pack_intervals(kv_range: torch.Tensor, num_keys: int) -> torch.Tensor:
         num_keys: S, keys of a row.
 
     Returns:
-        ``[B, T, 2]`` for `infimm_fast.kernels.gated_cross_attention`, in the dtype given.
+        ``[B, T, 2]`` for `infimm_fast.kernels.interval_attention`, in the dtype given.
     """
     first = torch.arange(kv_range.shape[0], device=kv_range.device, dtype=kv_range.dtype) * num_keys
     return kv_range.clamp(0, num_keys) + first[:, None, None]

@@ -3,7 +3,7 @@
 After `infimm_fast.register_auto()` any model with Transformers' attention interface takes
 ``attn_implementation="infimm_fast"``, or ``{"vision_config": "infimm_fast"}`` for its vision tower alone. Self-attention
 without a mask, which is what vision towers have, runs on `subimage_attention`. Cross-attention whose mask shows each text
-token one interval of keys, as in Idefics and Mllama, runs on `gated_cross_attention`.
+token one interval of keys, as in Idefics and Mllama, runs on `interval_attention`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from infimm_fast.integrations.interval_masks import pack_intervals, read_mask
-from infimm_fast.kernels import KernelArgumentError, gated_cross_attention, subimage_attention
+from infimm_fast.kernels import KernelArgumentError, interval_attention, subimage_attention
 from infimm_fast.kernels.common.launch import can_read, resolve_backend, triton_obstacle
 
 NAME = "infimm_fast"
@@ -35,7 +35,7 @@ def register_attention(name: str = NAME, backend: str = "auto") -> None:
 
     Args:
         name: what to pass as ``attn_implementation``; it must not contain "flash".
-        backend: backend of `infimm_fast.kernels.subimage_attention` and `gated_cross_attention`. With one by name,
+        backend: backend of `infimm_fast.kernels.subimage_attention` and `interval_attention`. With one by name,
             cross-attention that the op cannot express raises instead of running on SDPA. Self-attention with a mask or
             a cache runs on SDPA all the same, since the text layers of a model share one name with its cross-attention.
     """
@@ -126,7 +126,7 @@ def attention_forward(
         return sdpa(is_causal, **kwargs)
     query, key, value = _autocast(query, key, value)
     if kv_range is not None:
-        return interval_attention(query, key, value, kv_range, scale=scaling, backend=backend), None
+        return batched_interval_attention(query, key, value, kv_range, scale=scaling, backend=backend), None
     out = subimage_attention(
         query.transpose(1, 2),
         key.transpose(1, 2),
@@ -139,7 +139,7 @@ def attention_forward(
     return out, None
 
 
-def interval_attention(
+def batched_interval_attention(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -148,7 +148,7 @@ def interval_attention(
     scale: float | None = None,
     backend: str = "auto",
 ) -> torch.Tensor:
-    """`gated_cross_attention` on tensors in the layout of Transformers: each row has S keys of its own.
+    """`interval_attention` on tensors in the layout of Transformers: each row has S keys of its own.
 
     Keys and values are packed without a copy if memory holds them as ``[B, S, Hkv, D]``, which is what projections write,
     or as ``[B, Hkv, S, D]``, which is what caches write (not on the SDPA backend), or if B is 1; else with one copy.
@@ -159,7 +159,7 @@ def interval_attention(
         value: like `key`.
         kv_range: int ``[B, T, 2]``, half-open, indices into the row's own keys; B and T may be 1 to broadcast.
         scale: of the scores; None for ``D ** -0.5``.
-        backend: of `gated_cross_attention`.
+        backend: of `interval_attention`.
 
     Returns:
         ``[B, T, Hq, D]``.
@@ -175,7 +175,7 @@ def interval_attention(
     split = kv_heads if apart else 1
     q, k, v = (x.unflatten(1, (split, -1)).transpose(2, 3).flatten(0, 1) for x in (query, key, value))
     kv_range = kv_range.expand(batch, length, 2).repeat_interleave(split, dim=0)
-    out = gated_cross_attention(
+    out = interval_attention(
         q,  # [B * split, T, Hq / split, D]
         k.flatten(0, 1),  # [B * split * S, Hkv / split, D]
         v.flatten(0, 1),

@@ -25,8 +25,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 from infimm_fast.kernels.common import launch
+from infimm_fast.kernels.common.numerics import Errors
 from infimm_fast.kernels.common.offline import recorded_launches
-from infimm_fast.testing import Errors
 
 CUDA, META = torch.device("cuda", 0), torch.device("meta")
 NAME, MEMORY = "Dry H100", 78 * 2**30

@@ -11,8 +11,8 @@ from unittest import mock
 import pytest
 import torch
 
-from infimm_fast import testing
-from infimm_fast.testing import load_file
+from infimm_fast.kernels.common import numerics
+from interpreter import load_file
 
 DRY = load_file(Path(__file__).with_name("dry_cuda.py"))
 
@@ -26,7 +26,7 @@ def _same_kind(actual: Any, expected: Any, **tolerances: Any) -> bool:
 
 # Before tests are imported: they ask for a GPU then, and take the function by name.
 torch.cuda.is_available = lambda: True
-testing.assert_error_budget = DRY.compare_shapes
+numerics.assert_error_budget = DRY.compare_shapes
 
 
 @pytest.hookimpl(wrapper=True)

@@ -12,10 +12,10 @@ from unittest import mock
 
 from infimm_fast.benchmarks import harness, registry, timing
 from infimm_fast.benchmarks.registry import Case, Implementation, Inputs, Op, Prepared
-from infimm_fast.benchmarks.suites import end_to_end, gated_cross_attention, language, model
-from infimm_fast.configuration_infimm_hd import InfiMMHDConfig
-from infimm_fast.image_processing_infimm_hd import InfiMMHDImageProcessor
-from infimm_fast.testing import load_file
+from infimm_fast.benchmarks.suites import end_to_end, interval_attention, language, model
+from infimm_fast.models.infimm_hd.configuration_infimm_hd import InfiMMHDConfig
+from infimm_fast.models.infimm_hd.image_processing_infimm_hd import InfiMMHDImageProcessor
+from interpreter import load_file
 
 DRY = load_file(Path(__file__).with_name("dry_cuda.py"))
 _CACHES = (model.load_model, model._slice_model, model._slice_references, model._check_ops, model._check_slice)
@@ -73,7 +73,7 @@ def dry_benchmarks(depth: tuple[int, int] | None = (1, 2), **options: Any) -> It
         if depth is not None:
             patches += [(module, "preset", shallow(registry.preset, *depth)) for module in (registry, model, end_to_end)]
             patches += [(module, "_BATCHES", (1, 2)) for module in (end_to_end, language)]
-            patches += [(gated_cross_attention, "PREFILL_TOKENS", (128, 2048))]
+            patches += [(interval_attention, "PREFILL_TOKENS", (128, 2048))]
         for owner, name, value in patches:
             stack.enter_context(mock.patch.object(owner, name, value))
         for cache in _CACHES:

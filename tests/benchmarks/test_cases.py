@@ -7,8 +7,8 @@ from infimm_fast.benchmarks import cases
 from infimm_fast.benchmarks.ceilings import Ceilings
 from infimm_fast.benchmarks.inputs import random_tensor, spread
 from infimm_fast.benchmarks.registry import IMPLEMENTATIONS, OPS, Plan, load_suites
-from infimm_fast.benchmarks.suites.gated_cross_attention import all_visible, make_kv_range, row_ranges
-from infimm_fast.presets import preset
+from infimm_fast.benchmarks.suites.interval_attention import all_visible, make_kv_range, row_ranges
+from infimm_fast.models.infimm_hd.presets import preset
 
 load_suites()
 CPU = torch.device("cpu")
@@ -79,14 +79,14 @@ def test_a_prompt_counts_causal_pairs_and_one_head():
 
 
 def test_cross_attention_counts_what_is_visible():
-    one = find("gated_cross_attention", "prefill 2048 tokens, 10 tiles, one picture")
+    one = find("interval_attention", "prefill 2048 tokens, 10 tiles, one picture")
     assert one.flops == 4 * 12 * 64 * 2048 * 10250
     assert one.bytes == 2 * (2 * 2048 * 768 + 2 * 10250 * 768)
-    many = find("gated_cross_attention", "prefill 2048 tokens, 10 tiles, 4 interleaved pictures")
+    many = find("interval_attention", "prefill 2048 tokens, 10 tiles, 4 interleaved pictures")
     # Pictures of 3, 3, 2 and 2 tiles, seen by 512 tokens each.
     assert many.flops == 4 * 12 * 64 * 512 * (3 + 3 + 2 + 2) * 1025 and many.bytes == one.bytes
-    own = find("gated_cross_attention", "decode batch 64, 10 tiles, a picture for each")
-    shared = find("gated_cross_attention", "decode batch 64, 10 tiles, one picture for all")
+    own = find("interval_attention", "decode batch 64, 10 tiles, a picture for each")
+    shared = find("interval_attention", "decode batch 64, 10 tiles, one picture for all")
     assert own.flops == shared.flops == 4 * 12 * 64 * 64 * 10250
     assert own.bytes == 2 * (2 * 64 * 768 + 64 * 2 * 10250 * 768)
     assert shared.bytes == 2 * (2 * 64 * 768 + 2 * 10250 * 768)
@@ -102,15 +102,15 @@ def test_the_gated_block_adds_its_matrices():
 def test_intervals_of_interleaved_pictures():
     sizes = {"rows": 2, "tokens": 8, "tiles": 5, "images": 4, "shared": 0, "tokens_per_tile": 10}
     assert row_ranges(sizes) == [(0, 20)] * 2 + [(20, 30)] * 2 + [(30, 40)] * 2 + [(40, 50)] * 2
-    case = find("gated_cross_attention", "decode batch 8, 10 tiles, one picture for all")
+    case = find("interval_attention", "decode batch 8, 10 tiles, one picture for all")
     assert make_kv_range(case, CPU).tolist() == [[[0, 10250]]] * 8 and all_visible(case)
-    case = find("gated_cross_attention", "decode batch 8, 10 tiles, a picture for each")
+    case = find("interval_attention", "decode batch 8, 10 tiles, a picture for each")
     assert make_kv_range(case, CPU)[:, 0, 0].tolist() == [row * 10250 for row in range(8)]
 
 
 def test_the_required_cases_are_there():
     names = {case.name for case in OPS["gated_block"].cases(PLAN)}
-    assert names == {case.name for case in OPS["gated_cross_attention"].cases(PLAN) if not case.backward}
+    assert names == {case.name for case in OPS["interval_attention"].cases(PLAN) if not case.backward}
     for tokens in (128, 512, 2048):
         assert f"prefill {tokens} tokens, 1 tile, one picture" in names
         for tiles in (4, 10, 40):

@@ -54,7 +54,7 @@ def test_one_section_within_a_budget(tmp_path, capsys):
     (file,) = tmp_path.iterdir()
     assert re.fullmatch(r"CPU-.+_torch-.+_triton-.+_.+_ops\.json", file.name)
     assert len(json.loads(file.read_text())["cases"]) == 3
-    assert "infimm_fast composite" in capsys.readouterr().out
+    assert "infimm_fast sdpa" in capsys.readouterr().out
     assert main([*arguments, "--budget", "0.001"]) == 0
     report = Report.load(file)
     assert not report.cases and len(report.left_out) == 3
@@ -69,7 +69,7 @@ def test_a_wrong_implementation_makes_the_command_fail(tmp_path, capsys, monkeyp
     monkeypatch.setattr(op, "reference", wrong)
     assert main(["ops", *QUICK, "--ops", "gated_residual", "--against", "naive", "--out", str(tmp_path)]) == 1
     out = capsys.readouterr().out
-    assert "FAILED: gated_residual, 128 tokens: infimm_fast composite" in out
+    assert "FAILED: gated_residual, 128 tokens: infimm_fast sdpa" in out
     (file,) = tmp_path.glob("*.json")
     assert all(row.median_ms is None for case in Report.load(file).cases for row in case.rows)
 

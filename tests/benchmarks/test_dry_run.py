@@ -22,7 +22,7 @@ from infimm_fast.benchmarks.registry import IMPLEMENTATIONS, OPS, Case, Implemen
 from infimm_fast.benchmarks.report import CaseResult, Report
 from infimm_fast.benchmarks.run import GPU_PRESET, make_plan, run_and_store
 from infimm_fast.benchmarks.timing import Timer
-from infimm_fast.testing import load_file
+from interpreter import load_file
 
 pytest.importorskip("triton")
 HERE = Path(__file__).parent
@@ -142,7 +142,7 @@ def test_memory_that_is_not_there_is_found() -> None:
 @pytest.mark.slow
 def test_the_tests_that_need_a_gpu() -> None:
     """They run up to their comparisons; which of them do is the choice below, of every kind some."""
-    files = [f"ops/test_{op}_gpu.py" for op in ("gated_cross_attention", "gated_residual", "subimage_attention")]
+    files = [f"ops/test_{op}_gpu.py" for op in ("interval_attention", "gated_residual", "subimage_attention")]
     files += ["model/test_perceiver.py", "integrations/test_cross_attention.py", "export/test_kernels.py"]
     chosen = "graph or beyond or real_sizes or entries or flags or packed or (views and 100) or nothing_to_see"
     command = [sys.executable, "-m", "pytest", "-p", "dry_plugin", "-q", "-m", "gpu", "-k", chosen]

@@ -12,7 +12,7 @@ from infimm_fast.benchmarks.registry import IMPLEMENTATIONS, Plan, load_suites, 
 from infimm_fast.benchmarks.suites import exported
 from infimm_fast.errors import ConfigurationError
 from infimm_fast.export.common.errors import ArtifactError
-from infimm_fast.presets import preset
+from infimm_fast.models.infimm_hd.presets import preset
 
 load_suites()
 

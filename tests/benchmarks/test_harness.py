@@ -25,7 +25,7 @@ from infimm_fast.benchmarks.registry import (
     register_op,
 )
 from infimm_fast.benchmarks.report import Report
-from infimm_fast.benchmarks.suites.gated_cross_attention import once_for_case
+from infimm_fast.benchmarks.suites.interval_attention import once_for_case
 from infimm_fast.benchmarks.suites.subimage_attention import naive
 from infimm_fast.benchmarks.timing import Timer, input_sets, pinned_threads
 from infimm_fast.errors import ConfigurationError

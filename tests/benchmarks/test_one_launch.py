@@ -13,8 +13,8 @@ import torch
 from infimm_fast.benchmarks import one_launch
 from infimm_fast.benchmarks.one_launch import CASES, MAIN_CASES, evaluate
 from infimm_fast.kernels.common import launch
-from infimm_fast.kernels.subimage_attention.config import KERNELS as KINDS
-from infimm_fast.kernels.subimage_attention.config import choose_config
+from infimm_fast.kernels.subimage.config import KERNELS as KINDS
+from infimm_fast.kernels.subimage.config import choose_config
 
 pytest.importorskip("triton", reason="needs triton")
 

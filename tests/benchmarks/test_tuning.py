@@ -46,10 +46,11 @@ from infimm_fast.benchmarks.tuning.results import JobResult, Measured, Results
 from infimm_fast.benchmarks.tuning.run import Settings, run_plan
 from infimm_fast.errors import ConfigurationError
 from infimm_fast.kernels.common.launch import LaunchConfig
+from infimm_fast.kernels.common.numerics import Errors
 from infimm_fast.kernels.common.offline import compile_triton, recorded_launches, source_of
-from infimm_fast.kernels.gated_cross_attention import config as cross_config
-from infimm_fast.kernels.gated_cross_attention import decode
-from infimm_fast.testing import Errors, load_file
+from infimm_fast.kernels.interval import config as cross_config
+from infimm_fast.kernels.interval import decode
+from interpreter import load_file
 
 CASES_FILE = Path(__file__).with_name("tuning_cases.py")
 CASES = load_file(CASES_FILE)

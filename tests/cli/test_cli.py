@@ -13,13 +13,13 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import golden
-from infimm_fast import byte_tokenizer
 from infimm_fast.cli import app
 from infimm_fast.cli import doctor as doctor_command
 from infimm_fast.cli.demo import StageResults, _print_parity
 from infimm_fast.cli.doctor import conflicts
 from infimm_fast.cli.tiles import draw_tiles
 from infimm_fast.errors import FoldError
+from infimm_fast.models.infimm_hd.tokenization_bytes import byte_tokenizer
 
 PICTURE = Path(__file__).parents[2] / "examples" / "images" / "raccoon.jpg"
 
@@ -82,7 +82,7 @@ def test_demo_with_a_converted_checkpoint(tmp_path):
     assert "Random weights" not in text and "same tokens" in text
 
 
-def test_parity_fails_on_a_wrong_implementation(capsys):
+def test_parity_fails_on_a_wrong_backend(capsys):
     from rich.console import Console
 
     good = StageResults({"vision": torch.ones(3)}, {}, [1, 2])
@@ -129,7 +129,7 @@ def test_a_weight_that_cannot_be_folded_is_one_line_too(monkeypatch, tmp_path):
     def refuse(*arguments, **options):
         raise FoldError("q_proj is quantised")
 
-    monkeypatch.setattr("infimm_fast.optimization.optimize", refuse)
+    monkeypatch.setattr("infimm_fast.integrations.optimization.optimize", refuse)
     text = invoke("export", "onnx", "tiny", tmp_path / "out", "--fold", code=1)
     assert "error: q_proj is quantised" in text and "Traceback" not in text
 

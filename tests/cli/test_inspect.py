@@ -11,11 +11,12 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
-from infimm_fast import PRESETS, InfiMMHDForConditionalGeneration, preset
-from infimm_fast.checkpoint_io import CheckpointReader
+from infimm_fast import InfiMMHDForConditionalGeneration, preset
 from infimm_fast.cli import app
 from infimm_fast.cli.document_models import update_page
 from infimm_fast.cli.inspect import count_preset, format_operations, read_gates
+from infimm_fast.models.infimm_hd.checkpoint_io import CheckpointReader
+from infimm_fast.models.infimm_hd.presets import PRESETS
 
 PAGES = sorted((Path(__file__).parents[2] / "docs" / "models").glob("*.md"))
 

@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from infimm_fast import InfiMMHDProcessor, byte_tokenizer
+from infimm_fast import InfiMMHDProcessor
+from infimm_fast.models.infimm_hd.tokenization_bytes import byte_tokenizer
 from onnx_models import make_config, make_model
 
 

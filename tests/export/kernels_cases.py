@@ -8,9 +8,9 @@ import torch
 
 from infimm_fast.export.to_kernels import sources
 from infimm_fast.export.to_kernels.recipes import RECIPES, evaluate_grid
-from infimm_fast.kernels.gated_cross_attention.reference import gated_cross_attention_reference
-from infimm_fast.kernels.subimage_attention.reference import subimage_attention_reference
-from infimm_fast.testing import assert_error_budget, outlier_normal, poisoned_memory
+from infimm_fast.kernels.common.numerics import assert_error_budget, outlier_normal, poisoned_memory
+from infimm_fast.kernels.interval.reference import interval_attention_reference
+from infimm_fast.kernels.subimage.reference import subimage_attention_reference
 
 GRIDS = {name: formula for recipe in RECIPES for name, formula in recipe.grids.items() if name.endswith("_entry")}
 
@@ -57,6 +57,6 @@ def check_cross(
         heads, kv_heads, head_dim, kind, kv_range.dtype, sm, head_dim**-0.5, tokens * heads // kv_heads
     )
     out = run_entry(source, (q, k, v, kv_range, tokens, keys, q), 3)
-    plain, _ = gated_cross_attention_reference(q, k, v, kv_range, head_dim**-0.5)
-    exact, _ = gated_cross_attention_reference(q.double(), k.double(), v.double(), kv_range, head_dim**-0.5)
+    plain, _ = interval_attention_reference(q, k, v, kv_range, head_dim**-0.5)
+    exact, _ = interval_attention_reference(q.double(), k.double(), v.double(), kv_range, head_dim**-0.5)
     assert_error_budget("out", out, plain, exact)

@@ -10,9 +10,9 @@ from onnx import TensorProto, helper
 from transformers import LlamaConfig
 from transformers.initialization import no_init_weights
 
-from infimm_fast.configuration_infimm_hd import InfiMMHDConfig, InfiMMHDVisionConfig
-from infimm_fast.modeling_infimm_hd import InfiMMHDForConditionalGeneration
-from infimm_fast.presets import preset
+from infimm_fast.models.infimm_hd.configuration_infimm_hd import InfiMMHDConfig, InfiMMHDVisionConfig
+from infimm_fast.models.infimm_hd.modeling_infimm_hd import InfiMMHDForConditionalGeneration
+from infimm_fast.models.infimm_hd.presets import preset
 
 
 def make_model(shape: str, dtype: torch.dtype) -> InfiMMHDForConditionalGeneration:

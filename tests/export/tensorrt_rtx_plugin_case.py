@@ -19,7 +19,7 @@ from infimm_fast.export.to_tensorrt.prepare import PACKED_ATTENTION, PLUGIN_OPS,
 FIELDS = {
     "SubimageAttention": {"scale": "FLOAT32", "is_causal": "INT32"},
     PACKED_ATTENTION: {"scale": "FLOAT32", "is_causal": "INT32"},
-    "GatedCrossAttention": {"scale": "FLOAT32"},
+    "IntervalAttention": {"scale": "FLOAT32"},
 }
 calls = []
 
@@ -56,6 +56,6 @@ if __name__ == "__main__":
     parse(node, {"q": tiles, "k": tiles, "v": tiles})
     node = helper.make_node(PACKED_ATTENTION, ["qkv"], ["out"], name="second", is_causal=0, **attributes)
     parse(node, {"qkv": (half, [2, 9, 3, 4, 64])})
-    node = helper.make_node("GatedCrossAttention", ["q", "k", "v", "r"], ["out"], name="third", **attributes)
+    node = helper.make_node("IntervalAttention", ["q", "k", "v", "r"], ["out"], name="third", **attributes)
     parse(node, {"q": text, "k": visual, "v": visual, "r": (TensorProto.INT64, [2, 3, 2])})
     print(json.dumps(calls))

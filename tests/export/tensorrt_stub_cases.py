@@ -220,7 +220,7 @@ def plugins(sms: tuple[int, ...] = (80, 89, 90, 100, 120)) -> None:
         visual = [keys, Expression(12), Expression(64)]
         for tactic, rows in list(CROSS_TACTICS.items())[: None if index == 0 else 1]:
             answer = drive(
-                registry.creators["infimm::GatedCrossAttention"],
+                registry.creators["infimm::IntervalAttention"],
                 [query, visual, visual, [batch, text, Expression(2)]],
                 [kind, kind, kind, trt.int64],
                 {"scale": scale},

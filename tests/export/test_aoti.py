@@ -13,7 +13,6 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import LlamaConfig
 
-from infimm_fast.configuration_infimm_hd import InfiMMHDConfig, InfiMMHDVisionConfig
 from infimm_fast.export import ExportedModel, load
 from infimm_fast.export.common import source as source_module
 from infimm_fast.export.common.artifact import load_manifest
@@ -23,9 +22,10 @@ from infimm_fast.export.common.spec import GraphSpec, default_limits, model_grap
 from infimm_fast.export.to_aoti import export as aoti
 from infimm_fast.export.to_aoti import export_aoti
 from infimm_fast.export.to_aoti.backend import AotiBackend
-from infimm_fast.modeling_infimm_hd import InfiMMHDForConditionalGeneration
-from infimm_fast.presets import preset
-from infimm_fast.testing import outlier_normal
+from infimm_fast.kernels.common.numerics import outlier_normal
+from infimm_fast.models.infimm_hd.configuration_infimm_hd import InfiMMHDConfig, InfiMMHDVisionConfig
+from infimm_fast.models.infimm_hd.modeling_infimm_hd import InfiMMHDForConditionalGeneration
+from infimm_fast.models.infimm_hd.presets import preset
 
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 
@@ -208,7 +208,7 @@ def test_twins_show_their_kernels() -> None:
             out = torch.ops.infimm_fast.subimage_attention_packed(
                 qkv, 0.1, None, None, 0, True, None, None, qkv.shape[1], False, "triton"
             )[0]
-            return out, torch.ops.infimm_fast.gated_cross_attention(q, k, v, kv_range, 0.1, "triton")[0]
+            return out, torch.ops.infimm_fast.interval_attention(q, k, v, kv_range, 0.1, "triton")[0]
 
     with FakeTensorMode() as mode:
         visual = torch.empty(24, 12, 64)
@@ -221,7 +221,7 @@ def test_twins_show_their_kernels() -> None:
         graph, _ = aot_export_module(program.module(), arguments, trace_joint=False)
     targets = [str(node.target) for node in graph.graph.nodes if node.op == "call_function"]
     assert targets.count("triton_kernel_wrapper_functional") == 2
-    assert not any("subimage_attention_packed" in target or "gated_cross_attention" in target for target in targets)
+    assert not any("subimage_attention_packed" in target or "interval_attention" in target for target in targets)
 
 
 @pytest.mark.gpu

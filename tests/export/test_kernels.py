@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 from infimm_fast.cli import app
 from infimm_fast.export.common.errors import ArtifactError, ExportError
-from infimm_fast.testing import InterpreterProcess, load_file
+from interpreter import InterpreterProcess, load_file
 
 pytest.importorskip("triton", reason="needs triton")
 

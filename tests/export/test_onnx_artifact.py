@@ -71,7 +71,7 @@ def test_names_and_axes(artifact):
 
 
 def test_our_ops_are_nodes_with_bodies(artifact):
-    for name, op in (("vision", "SubimageAttention"), ("decoder", "GatedCrossAttention")):
+    for name, op in (("vision", "SubimageAttention"), ("decoder", "IntervalAttention")):
         model = onnx.load(artifact / "onnx" / f"{name}.onnx", load_external_data=False)
         nodes = [node.op_type for node in model.graph.node if node.domain == "infimm"]
         assert nodes == [op] and [function.name for function in model.functions] == [op]

@@ -13,11 +13,11 @@ from onnx import TensorProto, helper
 from torch import nn
 
 from infimm_fast.export import ExportError, export_module_onnx, load
-from infimm_fast.export.to_onnx.functions import DOMAIN, gated_cross_attention_body, subimage_attention_body
+from infimm_fast.export.to_onnx.functions import DOMAIN, interval_attention_body, subimage_attention_body
 from infimm_fast.kernels import subimage_attention, subimage_attention_packed
-from infimm_fast.kernels.gated_cross_attention.reference import gated_cross_attention_reference
-from infimm_fast.kernels.subimage_attention.reference import subimage_attention_reference
-from infimm_fast.testing import assert_error_budget, outlier_normal
+from infimm_fast.kernels.common.numerics import assert_error_budget, outlier_normal
+from infimm_fast.kernels.interval.reference import interval_attention_reference
+from infimm_fast.kernels.subimage.reference import subimage_attention_reference
 
 ONNX_TYPES = {torch.float32: TensorProto.FLOAT, torch.float16: TensorProto.FLOAT16}
 
@@ -49,23 +49,23 @@ def cross_inputs(heads, kv_heads, dtype=torch.float32):
 
 @pytest.mark.parametrize("opset", (23, 24))
 @pytest.mark.parametrize("heads, kv_heads, dtype", ((4, 4, torch.float32), (4, 2, torch.float32), (2, 2, torch.float16)))
-def test_gated_cross_attention(heads, kv_heads, dtype, opset):
+def test_interval_attention(heads, kv_heads, dtype, opset):
     inputs = cross_inputs(heads, kv_heads, dtype)
-    actual = run_node(gated_cross_attention_body(opset), inputs, scale=0.2)
-    plain, _ = gated_cross_attention_reference(*inputs.values(), 0.2)
+    actual = run_node(interval_attention_body(opset), inputs, scale=0.2)
+    plain, _ = interval_attention_reference(*inputs.values(), 0.2)
     wide = [tensor.double() if tensor.is_floating_point() else tensor for tensor in inputs.values()]
-    exact, _ = gated_cross_attention_reference(*wide, 0.2)
+    exact, _ = interval_attention_reference(*wide, 0.2)
     assert_error_budget("out", actual, plain, exact)
     for row, token in ((0, 0), (1, 1), (1, 2), (1, 3)):
         assert (actual[row, token] == 0).all()
     with pytest.raises(AssertionError):
-        assert_error_budget("scale", run_node(gated_cross_attention_body(opset), inputs, scale=0.3), plain, exact)
+        assert_error_budget("scale", run_node(interval_attention_body(opset), inputs, scale=0.3), plain, exact)
 
 
 def test_what_an_empty_row_is_shown_is_dropped_even_if_it_is_no_number():
     inputs = cross_inputs(2, 2)
     inputs["k"][0], inputs["v"][0] = torch.nan, torch.nan
-    out = run_node(gated_cross_attention_body(23), inputs, scale=0.25)
+    out = run_node(interval_attention_body(23), inputs, scale=0.25)
     assert (out[0, 0] == 0).all() and (out[1, 1:] == 0).all() and out[0, 1].isnan().all()
 
 

@@ -18,15 +18,16 @@ import torch
 from typer.testing import CliRunner
 
 import infimm_fast
-from infimm_fast import InfiMMHDForConditionalGeneration, byte_tokenizer, preset
+from infimm_fast import InfiMMHDForConditionalGeneration, preset
 from infimm_fast.cli import app
 from infimm_fast.export import ExportError, export_module_onnx, export_onnx, load
 from infimm_fast.export.common.graphs import graph_modules
 from infimm_fast.export.common.source import cast_model
 from infimm_fast.export.common.spec import default_limits, model_graphs
 from infimm_fast.export.common.verify import model_cases, verify_graph
-from infimm_fast.optimization import optimize
-from infimm_fast.presets import PRESETS
+from infimm_fast.integrations.optimization import optimize
+from infimm_fast.models.infimm_hd.presets import PRESETS
+from infimm_fast.models.infimm_hd.tokenization_bytes import byte_tokenizer
 from onnx_models import make_config, make_model
 
 ROOT = Path(__file__).parents[2]
@@ -64,11 +65,11 @@ def test_plain_standard_operators_of_another_opset(model, processor, tmp_path, c
 
 
 def test_a_folded_model(processor, tmp_path, check_tokens):
-    model = optimize(make_model(make_config(implementation="reference")), fold=True)
+    model = optimize(make_model(make_config(backend="reference")), fold=True)
     folder = export_onnx(model, tmp_path / "out", processor=processor)
     check_tokens(model, load(folder, threads=2))
     assert not any("ff_gate" in tensor.name for tensor in initialisers(folder, "decoder"))
-    assert model.gated_blocks[0].folded is not None and model.gated_blocks[0].attn.implementation == "auto"
+    assert model.gated_blocks[0].folded is not None and model.gated_blocks[0].attn.backend == "auto"
     wide = cast_model(model, torch.float64)
     x = torch.randn(1, 2, 128).double()
     block, visual = wide.gated_blocks[0], torch.randn(3, 224).double()

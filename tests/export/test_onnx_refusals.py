@@ -36,7 +36,7 @@ from infimm_fast.export.to_onnx import verification, weights
 from infimm_fast.export.to_onnx.checks import check_cuda_kernels, check_file
 from infimm_fast.export.to_onnx.overflow import large_activations
 from infimm_fast.export.to_onnx.trace import trace
-from infimm_fast.testing import outlier_normal
+from infimm_fast.kernels.common.numerics import outlier_normal
 
 
 @pytest.mark.parametrize(

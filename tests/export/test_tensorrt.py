@@ -22,12 +22,12 @@ from infimm_fast.export.common.errors import (
 from infimm_fast.export.common.spec import GraphSpec, TensorSpec, model_graphs
 from infimm_fast.export.to_onnx.functions import (
     DOMAIN,
-    gated_cross_attention_body,
+    interval_attention_body,
     subimage_attention_body,
 )
 from infimm_fast.export.to_tensorrt import fp8, lint, prepare, profiles
-from infimm_fast.presets import preset
-from infimm_fast.testing import load_file
+from infimm_fast.models.infimm_hd.presets import preset
+from interpreter import load_file
 
 GRAPHS = load_file(Path(__file__).with_name("tensorrt_graphs.py"))
 FLOAT, HALF, INT64 = GRAPHS.FLOAT, GRAPHS.HALF, GRAPHS.INT64
@@ -98,7 +98,7 @@ def test_every_function_body_can_be_prepared() -> None:
     query, visual = (FLOAT, ["b", "t", 4, 8]), (FLOAT, ["s", 2, 8])
     nodes = [
         helper.make_node("SubimageAttention", ["q", "q", "q"], ["first"], name="a", domain=DOMAIN, scale=0.4, is_causal=0),
-        helper.make_node("GatedCrossAttention", ["first", "k", "v", "r"], ["out"], name="b", domain=DOMAIN, scale=0.4),
+        helper.make_node("IntervalAttention", ["first", "k", "v", "r"], ["out"], name="b", domain=DOMAIN, scale=0.4),
     ]
     values = [
         helper.make_tensor_value_info(name, *kind)
@@ -107,7 +107,7 @@ def test_every_function_body_can_be_prepared() -> None:
     graph = helper.make_graph(nodes, "graph", values, [helper.make_tensor_value_info("out", *query)])
     model = helper.make_model(
         graph,
-        functions=[subimage_attention_body(23), gated_cross_attention_body(23)],
+        functions=[subimage_attention_body(23), interval_attention_body(23)],
         opset_imports=[helper.make_opsetid("", 23), helper.make_opsetid(DOMAIN, 1)],
         ir_version=10,
     )

@@ -12,7 +12,7 @@ import pytest
 pytest.importorskip("triton", reason="needs triton")
 pytest.importorskip("onnx", reason="needs onnx")
 
-from infimm_fast.testing import load_file
+from interpreter import load_file
 
 STUB = load_file(Path(__file__).with_name("tensorrt_stub.py"))
 CASES = Path(__file__).with_name("tensorrt_stub_cases.py")

@@ -21,9 +21,10 @@ from infimm_fast.export.to_onnx.export import export_onnx
 from infimm_fast.export.to_tensorrt.backend import TensorRTBackend
 from infimm_fast.export.to_tensorrt.engines import FOLDER
 from infimm_fast.export.to_tensorrt.export import export_tensorrt, measure_vision_activations
-from infimm_fast.modeling_infimm_hd import InfiMMHDForConditionalGeneration
-from infimm_fast.presets import preset
-from infimm_fast.testing import assert_error_budget, load_file
+from infimm_fast.kernels.common.numerics import assert_error_budget
+from infimm_fast.models.infimm_hd.modeling_infimm_hd import InfiMMHDForConditionalGeneration
+from infimm_fast.models.infimm_hd.presets import preset
+from interpreter import load_file
 
 FLAVOR = os.environ.get("INFIMM_FAST_TENSORRT_FLAVOR", "tensorrt")
 pytestmark = [

@@ -18,7 +18,7 @@ from infimm_fast.export.common.errors import ArtifactError, ExportError, Provide
 from infimm_fast.export.common.spec import model_graphs
 from infimm_fast.export.to_tensorrt import build, engines, matrix, profiles, report
 from infimm_fast.export.to_tensorrt import flavors as flavors_module
-from infimm_fast.presets import preset
+from infimm_fast.models.infimm_hd.presets import preset
 
 LOG = [
     "Name: __myl_Tran_myl1_3, LayerType: kgen, Inputs: [ { Name: x, Dimensions: [-1,65] }], Constants: [], Outputs: [], "

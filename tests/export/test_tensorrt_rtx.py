@@ -18,7 +18,6 @@ import onnx
 import torch
 from onnx import helper
 
-from infimm_fast.configuration_infimm_hd import InfiMMHDConfig
 from infimm_fast.export.common.artifact import load_manifest
 from infimm_fast.export.common.errors import ExportError, InvalidGraphError, LimitError, ProviderError
 from infimm_fast.export.common.spec import VISUAL_MULTIPLE, GraphSpec, TensorSpec
@@ -29,7 +28,8 @@ from infimm_fast.export.to_tensorrt.engines import FOLDER, INDEX, read_index, re
 from infimm_fast.export.to_tensorrt.export import export_tensorrt, measure_vision_activations
 from infimm_fast.export.to_tensorrt.flavors import load_flavor
 from infimm_fast.export.to_tensorrt.profiles import Limits, Profile
-from infimm_fast.testing import load_file
+from infimm_fast.models.infimm_hd.configuration_infimm_hd import InfiMMHDConfig
+from interpreter import load_file
 
 GRAPHS = load_file(Path(__file__).with_name("tensorrt_graphs.py"))
 SPEC = GraphSpec("toy", (TensorSpec("x", "float32", ("n", 8)),), (TensorSpec("y", "float32", ("n", 8)),))
@@ -187,5 +187,5 @@ def test_the_parser_finds_our_plugins() -> None:
     assert json.loads(result.stdout.splitlines()[-1]) == [
         ["SubimageAttention", "first", scale | {"is_causal": ["INT32", [1]]}],
         ["SubimageAttentionPacked", "second", scale | {"is_causal": ["INT32", [0]]}],
-        ["GatedCrossAttention", "third", scale],
+        ["IntervalAttention", "third", scale],
     ], result.stderr[-2000:]

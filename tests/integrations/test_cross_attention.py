@@ -9,9 +9,9 @@ import torch.nn.functional as F
 
 from infimm_fast.integrations import interval_masks, transformers_attention
 from infimm_fast.integrations.interval_masks import intervals_of_mask, mask_of_intervals
-from infimm_fast.integrations.transformers_attention import attention_forward, interval_attention
+from infimm_fast.integrations.transformers_attention import attention_forward, batched_interval_attention
 from infimm_fast.kernels import KernelArgumentError
-from infimm_fast.testing import load_file
+from interpreter import load_file
 
 PATH = Path(__file__).with_name("cross_attention_models.py")
 MODELS = load_file(PATH)
@@ -33,13 +33,13 @@ def as_on_a_gpu(monkeypatch):
 def op_calls(monkeypatch):
     """The packed intervals that our op was called with."""
     calls = []
-    op = transformers_attention.gated_cross_attention
+    op = transformers_attention.interval_attention
 
     def recorded(q, k, v, kv_range, **kwargs):
         calls.append(kv_range)
         return op(q, k, v, kv_range, **kwargs)
 
-    monkeypatch.setattr(transformers_attention, "gated_cross_attention", recorded)
+    monkeypatch.setattr(transformers_attention, "interval_attention", recorded)
     return calls
 
 
@@ -204,12 +204,12 @@ def dense(q, k, v, mask):
 def test_layouts_of_keys_and_values(layout, backend, monkeypatch):
     q, k, v, kv_range = attention_inputs(layout)
     packed = []
-    op = transformers_attention.gated_cross_attention
+    op = transformers_attention.interval_attention
     monkeypatch.setattr(
-        transformers_attention, "gated_cross_attention", lambda *args, **kwargs: packed.append(args) or op(*args, **kwargs)
+        transformers_attention, "interval_attention", lambda *args, **kwargs: packed.append(args) or op(*args, **kwargs)
     )
     tensors = [tensor.detach().requires_grad_() for tensor in (q, k, v)]
-    out = interval_attention(*tensors, kv_range, backend=backend)
+    out = batched_interval_attention(*tensors, kv_range, backend=backend)
     mask = mask_of_intervals(kv_range, 7)
     torch.testing.assert_close(out, dense(q, k, v, mask))
     grads = torch.autograd.grad(out.square().sum(), tensors)
@@ -222,8 +222,8 @@ def test_layouts_of_keys_and_values(layout, backend, monkeypatch):
 def test_one_row_is_read_in_place_from_a_cache(monkeypatch):
     q, k, v, kv_range = (tensor[:1] for tensor in attention_inputs("cache"))
     pointers = []
-    monkeypatch.setattr(transformers_attention, "gated_cross_attention", lambda q, k, *_, **__: pointers.append(k) or q)
-    interval_attention(q, k, v, kv_range)
+    monkeypatch.setattr(transformers_attention, "interval_attention", lambda q, k, *_, **__: pointers.append(k) or q)
+    batched_interval_attention(q, k, v, kv_range)
     assert pointers[0].data_ptr() == k.data_ptr() and pointers[0].shape == (7, 2, 8)
 
 

@@ -13,7 +13,8 @@ from torch import nn
 from transformers import AutoModelForImageTextToText, TextIteratorStreamer, pipeline
 
 import infimm_fast
-from infimm_fast import InfiMMHDForConditionalGeneration, InfiMMHDProcessor, byte_tokenizer, preset
+from infimm_fast import InfiMMHDForConditionalGeneration, InfiMMHDProcessor, preset
+from infimm_fast.models.infimm_hd.tokenization_bytes import byte_tokenizer
 
 CLOSE = {"atol": 1e-4, "rtol": 1e-4}
 GREEDY = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
@@ -245,7 +246,7 @@ def test_quantised_layers_are_left_alone(model, processor):
     kept = {name: id(module) for name, module in quantised.named_modules() if isinstance(module, QuantisedLinear)}
     inputs = encode(processor, CHATS[1])
     logits = quantised(**inputs).logits
-    quantised.set_implementation("reference")
+    quantised.set_backend("reference")
     torch.testing.assert_close(quantised(**inputs).logits, logits, **CLOSE)
     exact = model(**inputs).logits
     assert 0 < (logits - exact).abs().max() < 0.5 * exact.abs().max()

@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from infimm_fast import InfiMMHDForConditionalGeneration, InfiMMHDImageProcessor, InfiMMHDProcessor, byte_tokenizer, preset
+from infimm_fast import InfiMMHDForConditionalGeneration, InfiMMHDImageProcessor, InfiMMHDProcessor, preset
+from infimm_fast.models.infimm_hd.tokenization_bytes import byte_tokenizer
 
 
 @pytest.fixture(scope="session")

@@ -18,12 +18,12 @@ from infimm_fast import (
     InfiMMHDForConditionalGeneration,
     InfiMMHDProcessor,
     InfiMMHDVisionConfig,
-    byte_tokenizer,
     convert_checkpoint,
     preset,
 )
-from infimm_fast.checkpoint import plan_conversion
 from infimm_fast.errors import CheckpointError
+from infimm_fast.models.infimm_hd.checkpoint import plan_conversion
+from infimm_fast.models.infimm_hd.tokenization_bytes import byte_tokenizer
 
 
 @pytest.fixture(scope="module")

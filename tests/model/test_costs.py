@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from infimm_fast import InfiMMHDForConditionalGeneration, InfiMMHDVisionConfig, costs, preset
+from infimm_fast import InfiMMHDForConditionalGeneration, InfiMMHDVisionConfig, preset
+from infimm_fast.models.infimm_hd import costs
 
 
 def test_infimm_hd_at_ten_tiles_by_hand():
@@ -66,7 +67,7 @@ def test_against_pytorchs_counter(make):
     config = make()
     config.vision_feature_layer = -2
     model = InfiMMHDForConditionalGeneration(config).eval().requires_grad_(False)
-    model.set_implementation("reference")
+    model.set_backend("reference")
     cost = costs.picture_costs(config, 300, 120)
     pixels = torch.randn(cost.tiles, 3, config.vision_config.image_size, config.vision_config.image_size)
     with FlopCounterMode(display=False) as counter:

@@ -9,8 +9,8 @@ from torch import nn
 
 from infimm_fast import FusedGatedCrossAttentionBlock, GatedCrossAttentionBlock
 from infimm_fast.errors import FoldError
-from infimm_fast.modules import FoldedWeights
-from infimm_fast.testing import assert_error_budget, outlier_normal
+from infimm_fast.kernels.common.numerics import assert_error_budget, outlier_normal
+from infimm_fast.models.infimm_hd.fused_gated_cross_attention import FoldedWeights
 
 HIDDEN, VISUAL, TOKENS = 96, 56, 130
 CLOSE = {"atol": 2e-6, "rtol": 2e-5}

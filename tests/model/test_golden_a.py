@@ -10,10 +10,10 @@ import golden
 from infimm_fast import InfiMMHDForConditionalGeneration, VisualContext, convert_checkpoint, optimize
 
 RUNS = ("mixed", "textonly_row", "right_pad", "left_pad")
-IMPLEMENTATIONS = ("sdpa", "reference", "fused")
+BACKENDS = ("sdpa", "reference", "fused")
 
 
-@pytest.fixture(scope="module", params=IMPLEMENTATIONS)
+@pytest.fixture(scope="module", params=BACKENDS)
 def model(request):
     if request.param == "fused":
         return optimize(golden.model_a("sdpa"), fold=False)
@@ -132,7 +132,7 @@ def context_from(model, features):
     """The context that `encode_images` makes, from features ``[4, 17, 224]`` given: two rows of two pictures."""
     packed = features.flatten(0, 1)
     key_values = None
-    if model.config.implementation != "reference":
+    if model.config.backend != "reference":
         key_values = tuple(block.attn.project_visual(packed) for block in model.gated_blocks)
     return VisualContext(packed, torch.arange(5) * 17, torch.tensor([[0, 2], [2, 4]]), key_values)
 

@@ -7,11 +7,11 @@ import torch
 
 import golden
 from infimm_fast import EvaVisionTower, InfiMMHDVisionConfig
-from infimm_fast.kernels.subimage_attention.reference import apply_rope
-from infimm_fast.position_embedding import axial_rope
+from infimm_fast.kernels.subimage.reference import apply_rope
+from infimm_fast.models.infimm_hd.position_embedding import axial_rope
 
 
-def tower_config(implementation):
+def tower_config(backend):
     return InfiMMHDVisionConfig(
         hidden_size=128,
         num_hidden_layers=3,
@@ -23,7 +23,7 @@ def tower_config(implementation):
         use_sub_layer_norm=True,
         use_rope=True,
         projection_dim=32,
-        implementation=implementation,
+        backend=backend,
     )
 
 

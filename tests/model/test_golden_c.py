@@ -5,21 +5,21 @@ import torch
 
 import golden
 from infimm_fast import FusedGatedCrossAttentionBlock, GatedCrossAttentionBlock, VisualContext
-from infimm_fast.visual_context import count_images
+from infimm_fast.models.infimm_hd.visual_context import count_images
 
 PREFIX = "lang_encoder.model.layers.0.gated_cross_attn_layer."
-IMPLEMENTATIONS = ("sdpa", "reference", "fused")
+BACKENDS = ("sdpa", "reference", "fused")
 
 
-def load_block(implementation):
+def load_block(backend):
     """Make the block; "fused" and "folded" name the fused one, on the backend after a colon or the default one."""
-    kind, _, backend = implementation.partition(":")
+    kind, _, backend = backend.partition(":")
     block = (FusedGatedCrossAttentionBlock if kind in ("fused", "folded") else GatedCrossAttentionBlock)(256, 224)
     weights = golden.renamed(golden.tensors("case_c_weights"), PREFIX)
     block.load_state_dict({name.partition("gated_cross_attention.")[2]: value for name, value in weights.items()})
     if kind == "folded":
         block.requires_grad_(False).fold()
-    block.attn.implementation = backend or {"fused": "auto", "folded": "auto"}.get(kind, kind)
+    block.attn.backend = backend or {"fused": "auto", "folded": "auto"}.get(kind, kind)
     return block
 
 
@@ -51,10 +51,10 @@ def load_mode(mode):
     )
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("mode", ("imm_L1", "imm_cached_L1", "all_cached_L1", "none_cached"))
-def test_outputs_and_gradients(mode, implementation):
-    data, block = golden.tensors("case_c_forward"), load_block(implementation)
+def test_outputs_and_gradients(mode, backend):
+    data, block = golden.tensors("case_c_forward"), load_block(backend)
     x, media = data["x"].clone().requires_grad_(), data["media"].clone().requires_grad_()
     out = run_block(block, mode, x, media, load_mode(mode))
     golden.assert_close(out.detach(), data[f"{mode}.out"], golden.FORWARD, mode)
@@ -70,12 +70,12 @@ def test_outputs_and_gradients(mode, implementation):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("implementation", (*IMPLEMENTATIONS, "folded"))
+@pytest.mark.parametrize("backend", (*BACKENDS, "folded"))
 @pytest.mark.parametrize("mode", ("all_L1", "all_L2", "imm_L2"))
-def test_outputs_of_tokens_that_no_quirk_touches(mode, implementation):
+def test_outputs_of_tokens_that_no_quirk_touches(mode, backend):
     """The authors let text before the first image (all previous) or after a surplus token (immediate) see everything."""
     data, locations = golden.tensors("case_c_forward"), load_mode(mode)
-    out = run_block(load_block(implementation), mode, data["x"], data["media"], locations)
+    out = run_block(load_block(backend), mode, data["x"], data["media"], locations)
     count = locations.cumsum(1)
     comparable = (count > 0) | (locations.sum(1) == 0)[:, None] if mode.startswith("all") else count <= 3
     assert comparable.float().mean() > 0.5
@@ -83,19 +83,19 @@ def test_outputs_of_tokens_that_no_quirk_touches(mode, implementation):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("implementation", (*IMPLEMENTATIONS, "folded"))
+@pytest.mark.parametrize("backend", (*BACKENDS, "folded"))
 @pytest.mark.parametrize("mode", ("step_imm_cached_L1", "step_all_cached_L1", "step_imm_cached_L2", "step_all_cached_L2"))
-def test_single_token_steps(mode, implementation):
+def test_single_token_steps(mode, backend):
     data, locations = golden.tensors("case_c_forward"), load_mode(mode)
-    out = run_block(load_block(implementation), mode, data["x_step"], data["media"], locations)
+    out = run_block(load_block(backend), mode, data["x_step"], data["media"], locations)
     rows = slice(1, None) if mode == "step_imm_cached_L2" else slice(None)  # row 0 has a surplus token there
     golden.assert_close(out[rows], data[f"{mode}.out"][rows], golden.FORWARD, mode)
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_attention_output_before_the_gate(implementation):
-    data, block = golden.tensors("case_c_forward"), load_block(implementation)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_attention_output_before_the_gate(backend):
+    data, block = golden.tensors("case_c_forward"), load_block(backend)
     captured = []
     block.attn.register_forward_hook(lambda module, args, out: captured.append(out))
     run_block(block, "imm_L1", data["x"], data["media"], load_mode("imm_L1"))
@@ -105,9 +105,9 @@ def test_attention_output_before_the_gate(implementation):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_epsilon(implementation):
-    data, block = golden.tensors("case_c_forward"), load_block(implementation)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_epsilon(backend):
+    data, block = golden.tensors("case_c_forward"), load_block(backend)
     block.attn.o_proj.weight.mul_(2**-9)
     out = run_block(block, "imm_L1", data["x"] * 2**-9, data["media"], load_mode("imm_L1"))
     golden.assert_close(out, data["eps_probe.out"], golden.FORWARD, "out")

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import golden
-from infimm_fast.position_embedding import resize_patch_embedding, resize_position_embedding
+from infimm_fast.models.infimm_hd.position_embedding import resize_patch_embedding, resize_position_embedding
 
 CASES = {"up4to8_f32": 8, "up4to8_f16": 8, "up4to8_bf16": 8, "down8to4_f32": 4, "up16to32_f32": 32}
 

@@ -13,7 +13,7 @@ from PIL import Image
 from infimm_fast import InfiMMHDImageProcessor
 from infimm_fast.errors import ConfigurationError, ImageInputError
 from infimm_fast.images import load_image
-from infimm_fast.tiling import choose_grid, tile_count, tile_places
+from infimm_fast.models.infimm_hd.tiling import choose_grid, tile_count, tile_places
 
 
 @pytest.mark.parametrize(

@@ -19,9 +19,9 @@ from infimm_fast.errors import ConfigurationError, ImageCountError, ImageInputEr
 CLOSE = {"atol": 1e-4, "rtol": 1e-4}
 
 
-def with_implementation(model, name):
+def with_backend(model, name):
     model = copy.deepcopy(model)
-    model.set_implementation(name)
+    model.set_backend(name)
     return model
 
 
@@ -39,10 +39,10 @@ def test_images_of_different_grids_at_once_equal_one_at_a_time(tiny_model, proce
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("implementation", ("sdpa", "reference"))
+@pytest.mark.parametrize("backend", ("sdpa", "reference"))
 @pytest.mark.parametrize("only_immediate", (True, False))
-def test_rows_of_a_batch_equal_the_rows_alone(tiny_model, processor, pictures, implementation, only_immediate):
-    model = with_implementation(tiny_model, implementation)
+def test_rows_of_a_batch_equal_the_rows_alone(tiny_model, processor, pictures, backend, only_immediate):
+    model = with_backend(tiny_model, backend)
     model.config.only_attend_immediate_image = only_immediate
     texts = ["see <image> and <image>: what?", "no picture here", "<image>", "first text, then <image> and text"]
     rows = [[pictures[1], pictures[2]], [], [pictures[0]], [pictures[3]]]
@@ -76,7 +76,7 @@ def test_all_previous_images_are_visible_if_configured(tiny_model, processor, pi
     text = "<image><image> text"
     results = []
     for only_immediate in (True, False):
-        model = with_implementation(tiny_model, "sdpa")
+        model = with_backend(tiny_model, "sdpa")
         model.config.only_attend_immediate_image = only_immediate
         runs = [model(**processor(text=text, images=[first, pictures[2]])).logits[0, -1] for first in pictures[:2]]
         results.append((runs[0] - runs[1]).abs().max().item())
@@ -85,9 +85,9 @@ def test_all_previous_images_are_visible_if_configured(tiny_model, processor, pi
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("implementation", ("sdpa", "reference"))
-def test_decoding_with_a_cache_equals_the_whole_forward(tiny_model, processor, pictures, implementation):
-    model = with_implementation(tiny_model, implementation)
+@pytest.mark.parametrize("backend", ("sdpa", "reference"))
+def test_decoding_with_a_cache_equals_the_whole_forward(tiny_model, processor, pictures, backend):
+    model = with_backend(tiny_model, backend)
     texts = ["<image> a question", "two: <image><image> more", "none"]
     inputs = processor(text=texts, images=[[pictures[2]], pictures[:2], []])
     whole, ids, mask = model(**inputs).logits, inputs["input_ids"], inputs["attention_mask"]
@@ -127,12 +127,12 @@ def generate(model, inputs, **kwargs):
     return model.generate(**inputs, **options)[:, inputs["input_ids"].shape[1] :]
 
 
-@pytest.mark.parametrize("implementation", ("sdpa", "reference"))
+@pytest.mark.parametrize("backend", ("sdpa", "reference"))
 @pytest.mark.parametrize(
     "options", ({}, {"num_beams": 3}, {"num_beams": 2, "num_return_sequences": 2}, {"use_cache": False}), ids=str
 )
-def test_generation_over_mixed_grids_equals_the_rows_alone(tiny_model, processor, pictures, implementation, options):
-    model = with_implementation(tiny_model, implementation)
+def test_generation_over_mixed_grids_equals_the_rows_alone(tiny_model, processor, pictures, backend, options):
+    model = with_backend(tiny_model, backend)
     texts = ["<image> what is <image>?", "text only, no picture", "a longer question about <image>, please"]
     rows = [[pictures[1], pictures[2]], [], [pictures[3]]]
     batch = generate(model, processor(text=texts, images=rows), **options)
@@ -221,7 +221,7 @@ def test_decoders(text_config, gate, processor, pictures, tmp_path):
     with torch.no_grad():
         logits = model(**inputs).logits
         assert (logits[0, -1] - model(**other).logits[0, -1]).abs().max() > 1e-3
-        torch.testing.assert_close(with_implementation(model, "reference")(**inputs).logits, logits, **CLOSE)
+        torch.testing.assert_close(with_backend(model, "reference")(**inputs).logits, logits, **CLOSE)
     generated = generate(model, inputs)
     model.save_pretrained(tmp_path)
     loaded = AutoModelForImageTextToText.from_pretrained(tmp_path)
@@ -234,7 +234,7 @@ def test_decoders(text_config, gate, processor, pictures, tmp_path):
 
 
 def test_decoder_without_a_layer_list_is_refused():
-    from infimm_fast import insert_gated_cross_attention
+    from infimm_fast.models.infimm_hd.modeling_gated_cross_attention import insert_gated_cross_attention
 
     with pytest.raises(ConfigurationError, match="no plain list of layers"):
         insert_gated_cross_attention(torch.nn.Linear(2, 2), {})
@@ -248,13 +248,13 @@ def test_saved_configuration_round_trips(tmp_path):
     assert {**loaded.to_dict(), "_name_or_path": ""} == config.to_dict()
 
 
-def test_implementation_is_chosen_on_load(tiny_model, tmp_path):
+def test_backend_is_chosen_on_load(tiny_model, tmp_path):
     tiny_model.save_pretrained(tmp_path)
-    model = InfiMMHDForConditionalGeneration.from_pretrained(tmp_path, implementation="reference")
-    assert model.vision_tower.blocks[0].attn.implementation == "reference"
-    assert model.gated_blocks[0].attn.implementation == "reference"
+    model = InfiMMHDForConditionalGeneration.from_pretrained(tmp_path, backend="reference")
+    assert model.vision_tower.blocks[0].attn.backend == "reference"
+    assert model.gated_blocks[0].attn.backend == "reference"
     with pytest.raises(ConfigurationError, match="choose one of"):
-        model.set_implementation("fast")
+        model.set_backend("fast")
 
 
 def test_fresh_gated_blocks_on_a_given_language_model(tiny_model, tmp_path):
@@ -316,7 +316,7 @@ def test_errors(tiny_model, processor, pictures):
     "changes, message",
     (
         ({"cross_attention_gate": "matrix"}, "'vector', 'scalar'"),
-        ({"implementation": "magic"}, "implementation"),
+        ({"backend": "magic"}, "backend"),
         ({"vision_feature_layer": -9}, "vision_feature_layer"),
         ({"cross_attention_every_n_layers": 0}, "at least 1"),
         ({"vision_config": {"hidden_size": 100, "num_attention_heads": 3}}, "not a multiple"),

@@ -28,12 +28,12 @@ def test_same_logits_and_tokens_and_back_again(model, inputs, fold):
     assert optimize(model, fold=fold) is model
     assert all(type(block) is FusedGatedCrossAttentionBlock for block in model.gated_blocks)
     assert all((block.folded is not None) == fold for block in model.gated_blocks)
-    assert model.config.implementation == "auto" and list(model.state_dict()) == names
+    assert model.config.backend == "auto" and list(model.state_dict()) == names
     torch.testing.assert_close(model(**inputs).logits, expected, atol=1e-4, rtol=1e-4)
     assert torch.equal(model.generate(**inputs, max_new_tokens=6, do_sample=False), tokens)
     assert restore(model) is model
     assert all(type(block) is GatedCrossAttentionBlock for block in model.gated_blocks)
-    assert model.config.implementation == "sdpa" and model.gated_blocks[0].attn.implementation == "sdpa"
+    assert model.config.backend == "sdpa" and model.gated_blocks[0].attn.backend == "sdpa"
     assert torch.equal(model(**inputs).logits, expected)
 
 

@@ -7,15 +7,15 @@ import pytest
 import torch
 
 from infimm_fast import InfiMMHDConfig, InfiMMHDVisionConfig
-from infimm_fast.kernels import gated_cross_attention
-from infimm_fast.kernels.gated_cross_attention import forward as triton_forward
-from infimm_fast.modeling_perceiver import PerceiverResampler
-from infimm_fast.testing import assert_error_budget, outlier_normal
+from infimm_fast.kernels import interval_attention
+from infimm_fast.kernels.common.numerics import assert_error_budget, outlier_normal
+from infimm_fast.kernels.interval import forward as triton_forward
+from infimm_fast.models.infimm_hd.modeling_perceiver import PerceiverResampler
 
-IMPLEMENTATIONS = ("sdpa", "reference")
+BACKENDS = ("sdpa", "reference")
 
 
-def make(heads=2, head_dim=64, latents=5, width=64, layers=2, implementation="sdpa", dtype=torch.float32):
+def make(heads=2, head_dim=64, latents=5, width=64, layers=2, backend="sdpa", dtype=torch.float32):
     """A resampler whose every parameter matters, LayerNorms included."""
     config = InfiMMHDConfig(
         vision_config=InfiMMHDVisionConfig(hidden_size=width, num_attention_heads=2, num_hidden_layers=1),
@@ -33,7 +33,7 @@ def make(heads=2, head_dim=64, latents=5, width=64, layers=2, implementation="sd
             noise = noise * 1.5 / math.sqrt(value.shape[1])
         value.data = noise if "norm" not in name else 0.3 * noise + name.endswith("weight")
     for layer in resampler.layers:
-        layer.attn.implementation = implementation
+        layer.attn.backend = backend
     return resampler.to(dtype)
 
 
@@ -73,10 +73,10 @@ def statement(resampler, media):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("implementation", (*IMPLEMENTATIONS, "auto"))
+@pytest.mark.parametrize("backend", (*BACKENDS, "auto"))
 @pytest.mark.parametrize("heads, head_dim", ((2, 64), (3, 96)))
-def test_against_the_statement(implementation, heads, head_dim):
-    resampler = make(heads, head_dim, implementation=implementation, dtype=torch.float64)
+def test_against_the_statement(backend, heads, head_dim):
+    resampler = make(heads, head_dim, backend=backend, dtype=torch.float64)
     media = outlier_normal(3, 7, 64, dtype=torch.float64, seed=1)
     expected = statement(resampler, media)
     torch.testing.assert_close(resampler(media), expected, atol=1e-10, rtol=1e-10)
@@ -145,8 +145,8 @@ def compare_on_triton(dtype, heads, head_dim):
     media = outlier_normal(2, 9, 64, dtype=torch.float32, seed=1).clamp(-4, 4)
     results = []
     try:
-        for implementation in ("triton", "sdpa"):
-            resampler = make(heads, head_dim, layers=1, implementation=implementation).to(dtype)
+        for backend in ("triton", "sdpa"):
+            resampler = make(heads, head_dim, layers=1, backend=backend).to(dtype)
             x = media.to(dtype, copy=True).requires_grad_()
             out = resampler(x)
             out.float().square().sum().backward()
@@ -168,16 +168,16 @@ def test_on_the_triton_kernels(heads, head_dim, interpreter):
 
 def test_the_interval_of_a_tile_is_its_features_and_the_latents(monkeypatch):
     """What the kernels are handed: packed keys, one interval for each tile, nothing padded."""
-    import infimm_fast.modeling_perceiver as module
+    import infimm_fast.models.infimm_hd.modeling_perceiver as module
 
     seen = []
 
     def recorded(q, k, v, kv_range, **options):
         seen.append((tuple(q.shape), tuple(k.shape), kv_range[:, 0].tolist(), options["backend"]))
-        return gated_cross_attention(q, k, v, kv_range, **options)
+        return interval_attention(q, k, v, kv_range, **options)
 
-    monkeypatch.setattr(module, "gated_cross_attention", recorded)
-    make(implementation="reference")(torch.randn(3, 7, 64))
+    monkeypatch.setattr(module, "interval_attention", recorded)
+    make(backend="reference")(torch.randn(3, 7, 64))
     assert seen == [((3, 5, 2, 64), (36, 2, 64), [[0, 12], [12, 24], [24, 36]], "reference")] * 2
 
 
@@ -188,8 +188,8 @@ def test_real_sizes_on_a_gpu(heads, head_dim, dtype):
     """InfiMM-Zephyr's: 577 features of 1024 channels, 64 latents; the whole layer within the budget of the plain one."""
     media = outlier_normal(3, 577, 1024, dtype=dtype, device="cuda", seed=1)
 
-    def run(implementation, dtype):
-        resampler = make(heads, head_dim, latents=64, width=1024, layers=1, implementation=implementation).to("cuda", dtype)
+    def run(backend, dtype):
+        resampler = make(heads, head_dim, latents=64, width=1024, layers=1, backend=backend).to("cuda", dtype)
         x = media.to(dtype, copy=True).requires_grad_()
         out = resampler(x)
         out.backward(torch.ones_like(out) / 64)

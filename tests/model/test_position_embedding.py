@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from infimm_fast.position_embedding import subimage_position_embedding
+from infimm_fast.models.infimm_hd.position_embedding import subimage_position_embedding
 
 
 def test_formula():

@@ -6,9 +6,9 @@ from PIL import Image
 from transformers import AutoProcessor, AutoTokenizer
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
-from infimm_fast import InfiMMHDProcessor, byte_tokenizer, preset
+from infimm_fast import InfiMMHDProcessor, preset
 from infimm_fast.errors import ImageCountError, PromptError
-from infimm_fast.tokenization_bytes import END_OF_CHUNK_ID, IMAGE_ID, VOCABULARY_SIZE
+from infimm_fast.models.infimm_hd.tokenization_bytes import END_OF_CHUNK_ID, IMAGE_ID, VOCABULARY_SIZE, byte_tokenizer
 
 
 def test_byte_tokenizer_round_trips_any_text():

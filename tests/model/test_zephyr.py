@@ -18,13 +18,13 @@ from infimm_fast import (
     InfiMMHDImageProcessor,
     InfiMMHDProcessor,
     InfiMMHDVisionConfig,
-    byte_tokenizer,
     convert_checkpoint,
     optimize,
     preset,
     restore,
 )
 from infimm_fast.errors import ConfigurationError
+from infimm_fast.models.infimm_hd.tokenization_bytes import byte_tokenizer
 
 CLOSE = {"atol": 1e-4, "rtol": 1e-4}
 
@@ -67,9 +67,9 @@ def test_the_names_are_those_of_the_real_checkpoint(converted):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("implementation", ("sdpa", "reference"))
-def test_golden_case_b_inside_the_converted_model(converted, implementation):
-    model = InfiMMHDForConditionalGeneration.from_pretrained(converted[1], dtype="float32", implementation=implementation)
+@pytest.mark.parametrize("backend", ("sdpa", "reference"))
+def test_golden_case_b_inside_the_converted_model(converted, backend):
+    model = InfiMMHDForConditionalGeneration.from_pretrained(converted[1], dtype="float32", backend=backend)
     data = golden.tensors("case_b_forward")
     golden.assert_close(model.vision_tower(data["images"]), data["all_features"], golden.FORWARD, "features")
     features, offsets = model.get_image_features(data["images"])
@@ -108,8 +108,8 @@ def test_rows_alone_and_implementations_agree(model, processor):
     inputs = processor(text=texts, images=rows)
     logits = model(**inputs).logits
     naive = copy.deepcopy(model)
-    naive.set_implementation("reference")
-    assert naive.resampler.layers[0].attn.implementation == "reference"
+    naive.set_backend("reference")
+    assert naive.resampler.layers[0].attn.backend == "reference"
     torch.testing.assert_close(naive(**inputs).logits, logits, **CLOSE)
     for row, (text, images) in enumerate(zip(texts, rows, strict=True)):
         alone = model(**processor(text=text, images=[images] if images else None)).logits[0]
@@ -136,7 +136,7 @@ def test_optimized_it_gives_the_same(model, processor, fold):
     expected = model(**inputs).logits
     fused = optimize(copy.deepcopy(model).requires_grad_(False), fold=fold)
     torch.testing.assert_close(fused(**inputs).logits, expected, **CLOSE)
-    assert fused.resampler.layers[0].attn.implementation == "auto"
+    assert fused.resampler.layers[0].attn.backend == "auto"
     assert torch.equal(restore(fused)(**inputs).logits, expected)
 
 
@@ -290,7 +290,7 @@ def test_open_flamingo_form(tmp_path):
     assert seen == [((2, 16, 64), (2, 16, 64))], "patches without the class token, then the latents"
     assert [block.attn_gate.numel() for block in model.gated_blocks] == [1, 1]
     naive = copy.deepcopy(model)
-    naive.set_implementation("reference")
+    naive.set_backend("reference")
     with torch.no_grad():
         torch.testing.assert_close(naive(**inputs).logits, logits, **CLOSE)
     model.save_pretrained(tmp_path)

@@ -9,9 +9,9 @@ from unittest import mock
 
 import torch
 
-from infimm_fast.kernels.gated_residual import api, config
-from infimm_fast.kernels.gated_residual.reference import gated_residual_reference
-from infimm_fast.testing import Errors, assert_error_budget, outlier_normal, poisoned_memory
+from infimm_fast.kernels.common.numerics import Errors, assert_error_budget, outlier_normal, poisoned_memory
+from infimm_fast.kernels.residual import api, config
+from infimm_fast.kernels.residual.reference import gated_residual_reference
 from mutation import mutated
 
 GRADIENTS = ("dx", "dy", "dgate", "dweight", "dbias")
@@ -87,7 +87,7 @@ def check_case(
     stored = [pack(t).to(device).requires_grad_(gradients) for t in (x, spoiled)]
     leaves = [t.to(device).requires_grad_(gradients) for t in vectors]
     names = ["out", *(["normed"] if norm else []), *(GRADIENTS[: 2 + len(leaves)] if gradients else [])]
-    with poisoned_memory(), limited_programs(max_programs), mutated("gated_residual", mutation):
+    with poisoned_memory(), limited_programs(max_programs), mutated("residual", mutation):
         result = api.gated_residual(
             *(unpack(t) for t in stored),
             leaves[0],

@@ -11,10 +11,10 @@ from unittest import mock
 import torch
 
 from infimm_fast.kernels.common.launch import LaunchConfig
-from infimm_fast.kernels.subimage_attention import api
-from infimm_fast.kernels.subimage_attention.config import choose_config
-from infimm_fast.kernels.subimage_attention.reference import apply_rope, subimage_attention_reference
-from infimm_fast.testing import Errors, assert_error_budget, outlier_normal, poisoned_memory
+from infimm_fast.kernels.common.numerics import Errors, assert_error_budget, outlier_normal, poisoned_memory
+from infimm_fast.kernels.subimage import api
+from infimm_fast.kernels.subimage.config import choose_config
+from infimm_fast.kernels.subimage.reference import apply_rope, subimage_attention_reference
 from mutation import mutated
 
 
@@ -94,7 +94,7 @@ def check_case(
         "return_lse": True,
         "backend": backend,
     }
-    with poisoned_memory(), changed_config(config), mutated("subimage_attention", mutation):
+    with poisoned_memory(), changed_config(config), mutated("subimage", mutation):
         if layout == "packed":
             out, lse = api.subimage_attention_packed(leaf, **options)
         else:
@@ -141,7 +141,7 @@ def changed_config(fields: dict[str, Any] | None) -> Iterator[None]:
     if fields is None:
         yield
         return
-    from infimm_fast.kernels.subimage_attention import backward, forward
+    from infimm_fast.kernels.subimage import backward, forward
 
     def choose(*args: Any, **kwargs: Any) -> LaunchConfig:
         return replace(choose_config(*args, **kwargs), **fields)

@@ -19,7 +19,7 @@ from infimm_fast.benchmarks.compile_gate_ops import CHANNELS, HEAD_DIMS, OPS, Jo
 from infimm_fast.kernels.common.configs import ARCHITECTURES
 from infimm_fast.kernels.common.offline import compile_triton, recorded_launches, source_of, specialise
 
-SUBIMAGE, CROSS, RESIDUAL = "subimage_attention", "gated_cross_attention", "gated_residual"
+SUBIMAGE, CROSS, RESIDUAL = "subimage_attention", "interval_attention", "gated_residual"
 
 
 @pytest.mark.parametrize(
@@ -69,7 +69,7 @@ def test_one_misaligned_view_is_refused() -> None:
     job = Job(SUBIMAGE, "forward", "masked", 72, "bf16", 90)
     config = OPS[SUBIMAGE].config(job)
     broad = torch.empty((2, 729, 3, 16, 73), dtype=torch.bfloat16, device="meta")[..., :72]
-    from infimm_fast.kernels.subimage_attention.forward import launch_forward
+    from infimm_fast.kernels.subimage.forward import launch_forward
 
     with recorded_launches() as launches:
         launch_forward(*broad.unbind(2), 0.1, None, None, 0, True, None, False, 729, False, config=config)

@@ -12,8 +12,8 @@ import torch
 
 from infimm_fast.kernels import BackendUnavailableError, KernelArgumentError, gated_residual
 from infimm_fast.kernels.common import launch
-from infimm_fast.kernels.gated_residual.reference import gated_residual_reference
-from infimm_fast.testing import load_file
+from infimm_fast.kernels.residual.reference import gated_residual_reference
+from interpreter import load_file
 
 CASES = load_file(Path(__file__).with_name("gated_residual_cases.py"))
 
@@ -40,7 +40,7 @@ def plain(x, y, gate, keep, weight, bias, eps):
     return out, normed
 
 
-@pytest.mark.parametrize("backend", ("composite", "reference", "auto"))
+@pytest.mark.parametrize("backend", ("sdpa", "reference", "auto"))
 @pytest.mark.parametrize("gate_size", (1, 6))
 def test_backends_against_a_loop(backend, gate_size):
     x, y, gate, keep, weight, bias = make(gate_size=gate_size)
@@ -52,7 +52,7 @@ def test_backends_against_a_loop(backend, gate_size):
     torch.testing.assert_close(gated_residual(x, y, gate, backend=backend), everything)
 
 
-@pytest.mark.parametrize("backend", ("composite", "reference"))
+@pytest.mark.parametrize("backend", ("sdpa", "reference"))
 @pytest.mark.parametrize("keep", CASES.KEEPS)
 @pytest.mark.parametrize("dtype", ("bfloat16", "float16", "float32"))
 def test_error_budget(dtype, keep, backend):
@@ -62,7 +62,7 @@ def test_error_budget(dtype, keep, backend):
 
 @pytest.mark.parametrize("layout", CASES.LAYOUTS)
 def test_views(layout):
-    CASES.check_case(72, 5, "bfloat16", layout=layout, backend="composite")
+    CASES.check_case(72, 5, "bfloat16", layout=layout, backend="sdpa")
 
 
 @pytest.mark.parametrize("norm", (True, False))
@@ -83,10 +83,10 @@ def test_operator_composite(gate_size, norm):
 
 @pytest.mark.parametrize("name", ("opcheck", "compile", "checkpoint", "other_shapes", "only_one_result_is_used"))
 def test_operator(name):
-    getattr(CASES, f"check_{name}")(backend="composite")
+    getattr(CASES, f"check_{name}")(backend="sdpa")
 
 
-@pytest.mark.parametrize("backend", ("composite", "reference"))
+@pytest.mark.parametrize("backend", ("sdpa", "reference"))
 def test_rows_that_are_not_kept_never_read_y(backend):
     x, y, gate, keep, weight, bias = make(dtype=torch.float32)
     y[1] = torch.tensor([float("nan"), float("inf"), 1.0, 2.0, float("-inf"), 0.0])
@@ -99,7 +99,7 @@ def test_rows_that_are_not_kept_never_read_y(backend):
     assert (y.grad[1] == 0).all() and (y.grad[0] != 0).all()
 
 
-@pytest.mark.parametrize("backend", ("composite", "reference"))
+@pytest.mark.parametrize("backend", ("sdpa", "reference"))
 def test_keep_is_a_constant(backend):
     x, y, gate, keep, *_ = make()
     keep.requires_grad_()
@@ -107,7 +107,7 @@ def test_keep_is_a_constant(backend):
     assert keep.grad is None and (x.grad == 1).all()
 
 
-@pytest.mark.parametrize("backend", ("composite", "reference"))
+@pytest.mark.parametrize("backend", ("sdpa", "reference"))
 def test_the_norm_is_that_of_the_stored_sum(backend):
     """In bf16 the rounding between the sum and its LayerNorm is visible: half a percent of a value."""
     x, y, gate, keep, weight, bias = make(channels=512, dtype=torch.bfloat16)
@@ -171,7 +171,7 @@ def test_explicit_triton_on_a_cpu_is_refused(monkeypatch):
 def test_auto_falls_back_aloud(channels, dtype, reason):
     x = torch.ones(1, 2, channels, dtype=dtype)
     with mock.patch.object(launch, "resolve_backend", lambda backend, tensor, otherwise: "triton"):
-        with pytest.warns(UserWarning, match=f"falls back to 'composite': .*{reason}"):
+        with pytest.warns(UserWarning, match=f"falls back to 'sdpa': .*{reason}"):
             gated_residual(x, x, x[0, 0])
         with pytest.raises(KernelArgumentError, match=reason):
             gated_residual(x, x, x[0, 0], backend="triton")
@@ -185,7 +185,7 @@ def test_works_without_triton():
 import sys
 sys.modules["triton"] = None
 import torch
-from infimm_fast.kernels.gated_residual.api import gated_residual
+from infimm_fast.kernels.residual.api import gated_residual
 from infimm_fast.kernels.common.checks import BackendUnavailableError
 x, y = torch.randn(2, 2, 5, 8, requires_grad=True)
 gate = torch.ones(8, requires_grad=True)
@@ -203,7 +203,7 @@ except BackendUnavailableError as error:
 
 
 def test_importing_the_operator_imports_no_triton():
-    script = "import sys, infimm_fast.kernels.gated_residual.api; sys.exit('triton' in sys.modules)"
+    script = "import sys, infimm_fast.kernels.residual.api; sys.exit('triton' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", script]).returncode == 0
 
 
@@ -250,7 +250,7 @@ def test_errors():
         ((x, y, gate), norm | {"norm_bias": bias.float()}, "norm_bias is torch.float32"),
         ((x, y, gate), norm | {"norm_eps": 0.0}, "norm_eps=0.0"),
         ((x, y, gate), norm | {"norm_eps": float("nan")}, "norm_eps=nan"),
-        ((x, y, gate), {"backend": "sdpa"}, "accepted are auto, composite"),
+        ((x, y, gate), {"backend": "composite"}, "accepted are auto, reference, sdpa, triton"),
     )
     for arguments, options, message in cases:
         with pytest.raises(KernelArgumentError, match=message):

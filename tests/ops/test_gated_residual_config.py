@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from infimm_fast.kernels.common.checks import KernelArgumentError
-from infimm_fast.kernels.gated_residual.config import MAX_CHANNELS, MAX_PROGRAMS, choose_config, rows_of_programs
+from infimm_fast.kernels.residual.config import MAX_CHANNELS, MAX_PROGRAMS, choose_config, rows_of_programs
 
 
 @pytest.mark.parametrize("channels", [1, 2, 24, 128, 130, 512, 513, 1024, 1280, 2047, 2048, 4096, 5120, 7168, 8192])
@@ -37,8 +37,8 @@ def test_shares(rows: int, block_m: int, kernel: str) -> None:
 def test_launches_depend_on_shapes_only(norm: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """On tensors without values: one launch each way, whatever the flags say."""
     jit = pytest.importorskip("triton.runtime.jit", reason="needs triton")
-    from infimm_fast.kernels.gated_residual.backward import launch_backward
-    from infimm_fast.kernels.gated_residual.forward import launch_forward
+    from infimm_fast.kernels.residual.backward import launch_backward
+    from infimm_fast.kernels.residual.forward import launch_forward
 
     launched = []
     monkeypatch.setattr(jit.JITFunction, "run", lambda self, *_, grid, **__: launched.append((self.__name__, grid)))

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from infimm_fast.kernels.gated_residual.api import gated_residual
-from infimm_fast.testing import load_file, outlier_normal
+from infimm_fast.kernels.common.numerics import outlier_normal
+from infimm_fast.kernels.residual.api import gated_residual
+from interpreter import load_file
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
 CASES = load_file(Path(__file__).with_name("gated_residual_cases.py"))

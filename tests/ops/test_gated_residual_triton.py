@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from infimm_fast.testing import InterpreterProcess
+from interpreter import InterpreterProcess
 
 pytest.importorskip("triton", reason="needs triton")
 

@@ -12,9 +12,10 @@ import pytest
 import torch
 
 from infimm_fast.kernels.common.checks import BackendUnavailableError, KernelArgumentError
-from infimm_fast.kernels.subimage_attention.api import subimage_attention, subimage_attention_packed
-from infimm_fast.kernels.subimage_attention.reference import apply_rope, subimage_attention_reference
-from infimm_fast.testing import load_file, outlier_normal
+from infimm_fast.kernels.common.numerics import outlier_normal
+from infimm_fast.kernels.subimage.api import subimage_attention, subimage_attention_packed
+from infimm_fast.kernels.subimage.reference import apply_rope, subimage_attention_reference
+from interpreter import load_file
 
 CASES = load_file(Path(__file__).with_name("subimage_attention_cases.py"))
 VARIANTS: list[dict[str, Any]] = [
@@ -178,7 +179,7 @@ def test_works_without_triton() -> None:
 import sys
 sys.modules["triton"] = None
 import torch
-from infimm_fast.kernels.subimage_attention.api import subimage_attention_packed
+from infimm_fast.kernels.subimage.api import subimage_attention_packed
 from infimm_fast.kernels.common.checks import BackendUnavailableError
 qkv = torch.randn(1, 5, 3, 2, 8, requires_grad=True)
 subimage_attention_packed(qkv).sum().backward()
@@ -196,5 +197,5 @@ except BackendUnavailableError as error:
 
 
 def test_importing_the_operators_imports_no_triton() -> None:
-    script = "import sys, infimm_fast.kernels.subimage_attention.api; sys.exit('triton' in sys.modules)"
+    script = "import sys, infimm_fast.kernels.subimage.api; sys.exit('triton' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", script]).returncode == 0

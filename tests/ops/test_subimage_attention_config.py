@@ -10,7 +10,7 @@ import torch
 from infimm_fast.kernels.common.checks import KernelArgumentError
 from infimm_fast.kernels.common.configs import ARCHITECTURES, architecture_of, cover_of
 from infimm_fast.kernels.common.launch import common_alignment, head_strides, rows_are_wide
-from infimm_fast.kernels.subimage_attention.config import HEAD_DIMS, KERNELS, choose_config
+from infimm_fast.kernels.subimage.config import HEAD_DIMS, KERNELS, choose_config
 
 
 @pytest.mark.parametrize(

@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from infimm_fast.kernels.subimage_attention.api import subimage_attention, subimage_attention_packed
-from infimm_fast.kernels.subimage_attention.config import HEAD_DIMS
-from infimm_fast.testing import assert_error_budget, load_file, outlier_normal
+from infimm_fast.kernels.common.numerics import assert_error_budget, outlier_normal
+from infimm_fast.kernels.subimage.api import subimage_attention, subimage_attention_packed
+from infimm_fast.kernels.subimage.config import HEAD_DIMS
+from interpreter import load_file
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
 CASES = load_file(Path(__file__).with_name("subimage_attention_cases.py"))

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from infimm_fast.kernels.subimage_attention.config import HEAD_DIMS
-from infimm_fast.testing import InterpreterProcess
+from infimm_fast.kernels.subimage.config import HEAD_DIMS
+from interpreter import InterpreterProcess
 
 pytest.importorskip("triton", reason="needs triton")
 

@@ -1,0 +1,1 @@
+"""InfiMM-HD and its relatives: InfiMM pretrain, InfiMM-Zephyr, OpenFlamingo."""

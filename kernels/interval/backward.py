@@ -1,0 +1,404 @@
+"""The backward kernels and their launcher: deterministic, without atomics.
+
+``delta = sum(out * dout)`` for every query comes from sub-image attention's kernel. Then dq: one program for each tile
+of rows, walking over its hull as the forward does; and dk and dv: one program for each block of keys and KV head,
+walking over all batch rows. In each it first looks for the tokens whose intervals touch its keys; between the first and
+the last of them it adds every tile, so that a batch row which does not touch the block costs a look at its intervals
+only. Both recompute the probabilities from the log-sum-exp. Rows that see nothing are read as zeros, and with a
+log-sum-exp of +inf.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from infimm_fast.kernels.common.delta import DELTA_ROWS, delta_kernel
+from infimm_fast.kernels.common.launch import (
+    LaunchConfig,
+    capability,
+    common_alignment,
+    device_guard,
+    head_strides,
+    rows_are_wide,
+    rows_contiguous,
+)
+from infimm_fast.kernels.common.tiles import (
+    LOG2_E,
+    add_product,
+    head_start,
+    load_rows,
+    load_tile,
+    row_offsets,
+    scale_tile,
+    scores_of,
+    store_rows,
+    store_tile,
+    zero_tile,
+)
+from infimm_fast.kernels.interval.config import choose_config
+from infimm_fast.kernels.interval.tiles import (
+    hull_of,
+    load_intervals,
+    query_offsets,
+    row_index,
+    sees,
+)
+
+# Tokens whose intervals the dk and dv kernel looks at in one step.
+SCAN_TOKENS = 256
+_UNSPECIALISED = [
+    "num_batches",
+    "num_tokens",
+    "num_kv_heads",
+    "num_keys",
+    "stride_qb",
+    "stride_qn",
+    "stride_qh",
+    "stride_gb",
+    "stride_gn",
+    "stride_gh",
+    "stride_kn",
+    "stride_kh",
+    "stride_vn",
+    "stride_vh",
+    "stride_rb",
+    "stride_rt",
+    "stride_re",
+]
+
+
+@triton.jit
+def load_statistics(lse_ptr, delta_ptr, token, member, visible, num_tokens):
+    """Return base-2 log-sum-exp and delta of rows of one batch row and group; +inf and 0 where nothing is seen."""
+    index = member * num_tokens + token
+    lse = tl.load(lse_ptr + index, mask=visible, other=float("inf"))
+    return lse * LOG2_E, tl.load(delta_ptr + index, mask=visible, other=0.0)
+
+
+@triton.jit
+def add_keys(
+    dq,
+    q,
+    grad,
+    lse,
+    delta,
+    k_ptr,
+    v_ptr,
+    o_key,
+    o_value,
+    start,
+    count,
+    first_key,
+    last_key,
+    scale_log2,
+    D: tl.constexpr,
+    COVER: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Add the share of BLOCK_N keys to dq."""
+    k = load_tile(k_ptr, o_key, last_key - first_key, D, COVER, True)  # [BLOCK_N, D]
+    v = load_tile(v_ptr, o_value, last_key - first_key, D, COVER, True)
+    key = first_key + tl.arange(0, BLOCK_N)
+    # The exponential of a key that is not seen may overflow: drop it before it meets a product.
+    p = tl.exp2(scores_of(q, k, COVER) * scale_log2 - lse[:, None])  # [BLOCK_M, BLOCK_N]
+    p = tl.where(sees(key[None, :], start[:, None], count[:, None]), p, 0.0)
+    ds = p * (scores_of(grad, v, COVER) - delta[:, None])
+    return add_product(dq, ds, k, COVER)
+
+
+@triton.jit(do_not_specialize=_UNSPECIALISED)
+def query_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    range_ptr,
+    grad_ptr,
+    lse_ptr,
+    delta_ptr,
+    scale,
+    num_batches,
+    num_tokens,
+    num_kv_heads,
+    num_keys,
+    stride_qb,
+    stride_qn,
+    stride_qh,
+    stride_gb,
+    stride_gn,
+    stride_gh,
+    stride_kn,
+    stride_kh,
+    stride_vn,
+    stride_vh,
+    stride_rb,
+    stride_rt,
+    stride_re,
+    dq_ptr,
+    D: tl.constexpr,
+    COVER: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    GROUP: tl.constexpr,
+    ALIGN: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """Compute dq, contiguous, of BLOCK_M rows of one KV head."""
+    num_rows = num_tokens * GROUP
+    num_heads = num_kv_heads * GROUP
+    num_tiles = tl.cdiv(num_rows, BLOCK_M)
+    tile = tl.program_id(0) % num_tiles
+    kv_head = tl.program_id(0) // num_tiles % num_kv_heads
+    batch = tl.program_id(0) // num_tiles // num_kv_heads
+    zero = batch * 0
+
+    token, member, inside = row_index(tile * BLOCK_M, num_rows, BLOCK_M, GROUP)
+    start, count = load_intervals(range_ptr, batch, token, inside, num_keys, stride_rb, stride_rt, stride_re)
+    low, high = hull_of(start, count, num_keys)
+    q_ptr = head_start(q_ptr, batch, kv_head * GROUP, zero, stride_qb, stride_qn, stride_qh, ALIGN)
+    grad_ptr = head_start(grad_ptr, batch, kv_head * GROUP, zero, stride_gb, stride_gn, stride_gh, ALIGN)
+    q = load_rows(q_ptr, query_offsets(token, member, stride_qn, stride_qh, ALIGN, WIDE), count > 0, D, COVER)
+    grad = load_rows(grad_ptr, query_offsets(token, member, stride_gn, stride_gh, ALIGN, WIDE), count > 0, D, COVER)
+    statistics = (batch.to(tl.int64) * num_heads + kv_head * GROUP) * num_tokens
+    lse, delta = load_statistics(lse_ptr + statistics, delta_ptr + statistics, token, member, count > 0, num_tokens)
+
+    k_ptr = head_start(k_ptr, zero, kv_head, zero, 0, stride_kn, stride_kh, ALIGN)
+    v_ptr = head_start(v_ptr, zero, kv_head, zero, 0, stride_vn, stride_vh, ALIGN)
+    step_k = stride_kn.to(tl.int64) * ALIGN
+    step_v = stride_vn.to(tl.int64) * ALIGN
+    o_key = row_offsets(BLOCK_N, stride_kn, ALIGN, WIDE)  # [BLOCK_N, 1]
+    o_value = row_offsets(BLOCK_N, stride_vn, ALIGN, WIDE)
+    dq = zero_tile(BLOCK_M, COVER)
+    for first_key in range(low, high, BLOCK_N):
+        dq = add_keys(
+            dq, q, grad, lse, delta, k_ptr + first_key * step_k, v_ptr + first_key * step_v, o_key, o_value, start, count,
+            first_key, high, scale * LOG2_E, D, COVER, BLOCK_N,
+        )  # fmt: skip
+    dq_ptr += (batch.to(tl.int64) * num_tokens * num_heads + kv_head * GROUP) * D
+    dq = scale_tile(dq, scale, COVER)
+    store_rows(dq_ptr, dq, query_offsets(token, member, num_heads * D, D, 1, WIDE), inside, D, COVER)
+
+
+@triton.jit
+def touching_tokens(
+    range_ptr, batch, first_key, last_key, num_tokens, num_keys, stride_rb, stride_rt, stride_re, SCAN: tl.constexpr
+):
+    """Return the smallest range of tokens that holds all whose intervals touch ``[first_key, last_key)``."""
+    first = num_tokens
+    last = num_tokens * 0
+    for scanned in range(0, num_tokens, SCAN):
+        token = scanned + tl.arange(0, SCAN)
+        start, count = load_intervals(range_ptr, batch, token, token < num_tokens, num_keys, stride_rb, stride_rt, stride_re)
+        touches = (count > 0) & (start < last_key) & (start + count > first_key)
+        first = tl.minimum(first, tl.min(tl.where(touches, token, num_tokens), axis=0))
+        last = tl.maximum(last, tl.max(tl.where(touches, token + 1, 0), axis=0))
+    return first, last
+
+
+@triton.jit
+def add_rows(
+    dk,
+    dv,
+    k,
+    v,
+    q_ptr,
+    grad_ptr,
+    range_ptr,
+    lse_ptr,
+    delta_ptr,
+    batch,
+    key,
+    first_row,
+    num_tokens,
+    num_keys,
+    scale_log2,
+    stride_qn,
+    stride_qh,
+    stride_gn,
+    stride_gh,
+    stride_rb,
+    stride_rt,
+    stride_re,
+    D: tl.constexpr,
+    COVER: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    GROUP: tl.constexpr,
+    ALIGN: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """Add the share of BLOCK_M rows to dk and dv; everything is transposed, ``[keys, rows]``."""
+    token, member, inside = row_index(first_row, num_tokens * GROUP, BLOCK_M, GROUP)
+    start, count = load_intervals(range_ptr, batch, token, inside, num_keys, stride_rb, stride_rt, stride_re)
+    q = load_rows(q_ptr, query_offsets(token, member, stride_qn, stride_qh, ALIGN, WIDE), count > 0, D, COVER)
+    lse, delta = load_statistics(lse_ptr, delta_ptr, token, member, count > 0, num_tokens)
+    p = tl.exp2(scores_of(k, q, COVER) * scale_log2 - lse[None, :])  # [BLOCK_N, BLOCK_M]
+    p = tl.where(sees(key[:, None], start[None, :], count[None, :]), p, 0.0)
+    grad = load_rows(grad_ptr, query_offsets(token, member, stride_gn, stride_gh, ALIGN, WIDE), count > 0, D, COVER)
+    dv = add_product(dv, p, grad, COVER)
+    ds = p * (scores_of(v, grad, COVER) - delta[None, :])
+    return add_product(dk, ds, q, COVER), dv
+
+
+@triton.jit(do_not_specialize=_UNSPECIALISED)
+def key_value_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    range_ptr,
+    grad_ptr,
+    lse_ptr,
+    delta_ptr,
+    scale,
+    num_batches,
+    num_tokens,
+    num_kv_heads,
+    num_keys,
+    stride_qb,
+    stride_qn,
+    stride_qh,
+    stride_gb,
+    stride_gn,
+    stride_gh,
+    stride_kn,
+    stride_kh,
+    stride_vn,
+    stride_vh,
+    stride_rb,
+    stride_rt,
+    stride_re,
+    dk_ptr,
+    dv_ptr,
+    D: tl.constexpr,
+    COVER: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    GROUP: tl.constexpr,
+    ALIGN: tl.constexpr,
+    WIDE: tl.constexpr,
+    SCAN: tl.constexpr,
+):
+    """Compute dk and dv, contiguous, of BLOCK_N keys of one KV head."""
+    # Heads are neighbours: they read the same intervals.
+    kv_head = tl.program_id(0) % num_kv_heads
+    block = tl.program_id(0) // num_kv_heads
+    zero = block * 0
+    first_key = block * BLOCK_N
+    last_key = tl.minimum(first_key + BLOCK_N, num_keys)
+    keys_left = num_keys - first_key
+    key = first_key + tl.arange(0, BLOCK_N)
+    num_heads = num_kv_heads * GROUP
+    k_ptr = head_start(k_ptr, zero, kv_head, first_key, 0, stride_kn, stride_kh, ALIGN)
+    v_ptr = head_start(v_ptr, zero, kv_head, first_key, 0, stride_vn, stride_vh, ALIGN)
+    k = load_tile(k_ptr, row_offsets(BLOCK_N, stride_kn, ALIGN, WIDE), keys_left, D, COVER, True)  # [BLOCK_N, D]
+    v = load_tile(v_ptr, row_offsets(BLOCK_N, stride_vn, ALIGN, WIDE), keys_left, D, COVER, True)
+    dk = zero_tile(BLOCK_N, COVER)
+    dv = zero_tile(BLOCK_N, COVER)
+    for batch_index in range(0, num_batches):
+        batch = zero + batch_index
+        first, last = touching_tokens(
+            range_ptr, batch, first_key, last_key, num_tokens, num_keys, stride_rb, stride_rt, stride_re, SCAN
+        )
+        row_q = head_start(q_ptr, batch, kv_head * GROUP, zero, stride_qb, stride_qn, stride_qh, ALIGN)
+        row_grad = head_start(grad_ptr, batch, kv_head * GROUP, zero, stride_gb, stride_gn, stride_gh, ALIGN)
+        statistics = (batch.to(tl.int64) * num_heads + kv_head * GROUP) * num_tokens
+        for first_row in range(first * GROUP, last * GROUP, BLOCK_M):
+            dk, dv = add_rows(
+                dk, dv, k, v, row_q, row_grad, range_ptr, lse_ptr + statistics, delta_ptr + statistics, batch, key,
+                first_row, num_tokens, num_keys, scale * LOG2_E, stride_qn, stride_qh, stride_gn, stride_gh, stride_rb,
+                stride_rt, stride_re, D, COVER, BLOCK_M, GROUP, ALIGN, WIDE,
+            )  # fmt: skip
+    dk_ptr = head_start(dk_ptr, zero, kv_head, first_key, 0, num_kv_heads * D, D, 1)
+    dv_ptr = head_start(dv_ptr, zero, kv_head, first_key, 0, num_kv_heads * D, D, 1)
+    o_out = row_offsets(BLOCK_N, num_kv_heads * D, 1, WIDE)
+    store_tile(dk_ptr, scale_tile(dk, scale, COVER), o_out, keys_left, keys_left, D, COVER)
+    store_tile(dv_ptr, dv, o_out, keys_left, keys_left, D, COVER)
+
+
+def launch_backward(
+    grad: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    kv_range: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    scale: float,
+    dq: torch.Tensor,
+    dk: torch.Tensor,
+    dv: torch.Tensor,
+    config_kv: LaunchConfig | None = None,
+    config_q: LaunchConfig | None = None,
+) -> None:
+    """Fill dq, dk and dv.
+
+    Args:
+        grad: gradient of the output, ``[B, T, Hq, D]``, any strides.
+        q: as given to the forward, and so are `k`, `v`, `kv_range` and `scale`.
+        k: see `q`.
+        v: see `q`.
+        kv_range: see `q`.
+        out: the forward's output.
+        lse: the forward's log-sum-exp, fp32 ``[B, Hq, T]``.
+        scale: see `q`.
+        dq: written, contiguous ``[B, T, Hq, D]``.
+        dk: written, contiguous ``[S, Hkv, D]``.
+        dv: like `dk`.
+        config_kv: overrides `choose_config` for dk and dv.
+        config_q: overrides `choose_config` for dq.
+    """
+    grad, q, k, v = (rows_contiguous(x) for x in (grad, q, k[None], v[None]))
+    batch, tokens, heads, head_dim = q.shape
+    keys, kv_heads = k.shape[1:3]
+    if q.numel() == 0:
+        dk.zero_()
+        dv.zero_()
+        return
+    group = heads // kv_heads
+    choose: dict[str, Any] = {"head_dim": head_dim, "dtype": q.dtype, "rows": tokens * group}
+    config_kv = config_kv or choose_config("backward_kv", **choose, capability=capability(q))
+    config_q = config_q or choose_config("backward_q", **choose, capability=capability(q))
+    align = common_alignment(q, k, v, grad, out)
+    blocks = max(config_kv.block_n, config_q.block_n)
+    shared = {
+        "D": head_dim,
+        "ALIGN": align,
+        "WIDE": rows_are_wide(tokens, q, grad, out) or rows_are_wide(blocks, k, v),
+    }
+
+    def strides(*tensors: torch.Tensor) -> list[int]:
+        return [stride // align for tensor in tensors for stride in head_strides(tensor)]
+
+    delta = torch.empty_like(lse)
+    key_strides = [stride for tensor in (k, v) for stride in strides(tensor)[1:]]
+    with device_guard(q):
+        delta_kernel[(triton.cdiv(tokens, DELTA_ROWS) * heads * batch,)](
+            out,
+            grad,
+            None,
+            tokens,
+            tokens,
+            heads,
+            *strides(out, grad),
+            delta,
+            COVER=config_q.cover,
+            BLOCK_M=DELTA_ROWS,
+            PACKED=False,
+            num_warps=4,
+            **shared,
+        )
+        inputs: tuple[Any, ...] = (q, k, v, kv_range, grad, lse, delta, scale, batch, tokens, kv_heads, keys)
+        inputs += (*strides(q, grad), *key_strides, *kv_range.stride())
+        query_kernel[(triton.cdiv(tokens * group, config_q.block_m) * kv_heads * batch,)](
+            *inputs, dq, GROUP=group, **_constants(config_q), **shared
+        )
+        if keys:
+            key_value_kernel[(triton.cdiv(keys, config_kv.block_n) * kv_heads,)](
+                *inputs, dk, dv, GROUP=group, SCAN=SCAN_TOKENS, **_constants(config_kv), **shared
+            )
+
+
+def _constants(config: LaunchConfig) -> dict[str, Any]:
+    return {"COVER": config.cover, "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, **config.options()}

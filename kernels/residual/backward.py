@@ -1,0 +1,179 @@
+"""The backward kernel and its launcher: deterministic, without atomics.
+
+A program owns consecutive rows, takes them in steps of BLOCK_M, and adds the gradients of gate, weight and bias up in
+registers. Its sums are written apart from those of the others, and added in a fixed order afterwards. The statistics of
+a row are computed again from the output, which has to be read for the gradient anyway.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from infimm_fast.kernels.common.launch import LaunchConfig, common_alignment, device_guard
+from infimm_fast.kernels.common.tiles import load_rows, store_rows, zero_tile
+from infimm_fast.kernels.residual.config import choose_config, rows_of_programs
+from infimm_fast.kernels.residual.forward import as_rows, row_strides
+from infimm_fast.kernels.residual.tiles import (
+    add_norm_gradient,
+    add_products,
+    add_tiles,
+    input_offsets,
+    keep_rows,
+    load_channels,
+    load_slope,
+    locate_rows,
+    multiply,
+    normalise,
+    output_offsets,
+    scale_by_derivative,
+    store_partial,
+)
+
+
+@triton.jit(
+    do_not_specialize=[
+        "num_rows",
+        "rows_per_batch",
+        "rows_per_program",
+        "stride_gb",
+        "stride_gn",
+        "stride_nb",
+        "stride_nn",
+        "stride_yb",
+        "stride_yn",
+    ]
+)
+def backward_kernel(
+    grad_ptr,
+    grad_normed_ptr,
+    y_ptr,
+    gate_ptr,
+    keep_ptr,
+    weight_ptr,
+    out_ptr,
+    eps,
+    num_rows,
+    rows_per_batch,
+    rows_per_program,
+    stride_gb,
+    stride_gn,
+    stride_nb,
+    stride_nn,
+    stride_yb,
+    stride_yn,
+    dx_ptr,
+    dy_ptr,
+    partial_ptr,
+    C: tl.constexpr,
+    COVER: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    GATE_STRIDE: tl.constexpr,
+    ALIGN: tl.constexpr,
+):
+    """Compute dy, with a weight also dx, and this program's share of the gradients of gate, weight and bias."""
+    first = tl.program_id(0) * rows_per_program
+    last = tl.minimum(first + rows_per_program, num_rows)
+    slope = load_slope(gate_ptr, C, COVER, GATE_STRIDE)  # [1, C]
+    dgate = zero_tile(BLOCK_M, COVER)
+    if weight_ptr is not None:
+        dweight = zero_tile(BLOCK_M, COVER)
+        dbias = zero_tile(BLOCK_M, COVER)
+    for start in range(first, last, BLOCK_M):
+        row, m_row, keep = locate_rows(start, last, rows_per_batch, keep_ptr, BLOCK_M)
+        y = load_rows(y_ptr, input_offsets(row, rows_per_batch, stride_yb, stride_yn, ALIGN), keep != 0, C, COVER)
+        grad = load_rows(grad_ptr, input_offsets(row, rows_per_batch, stride_gb, stride_gn, ALIGN), m_row, C, COVER)
+        if weight_ptr is not None:
+            o_normed = input_offsets(row, rows_per_batch, stride_nb, stride_nn, ALIGN)
+            grad_normed = load_rows(grad_normed_ptr, o_normed, m_row, C, COVER)  # [BLOCK_M, C]
+            out = load_rows(out_ptr, output_offsets(row, C), m_row, C, COVER)
+            weight = load_channels(weight_ptr, C, COVER, 1)  # [1, C]
+            normal, rstd = normalise(out, eps, C, COVER)
+            grad = add_norm_gradient(grad, grad_normed, normal, rstd, weight, C, COVER)
+            store_rows(dx_ptr, grad, output_offsets(row, C), m_row, C, COVER)
+            dweight = add_products(dweight, grad_normed, normal, COVER)
+            dbias = add_tiles(dbias, grad_normed, COVER)
+        grad = keep_rows(grad, keep, COVER)
+        store_rows(dy_ptr, multiply(grad, slope, COVER), output_offsets(row, C), m_row, C, COVER)
+        dgate = add_products(dgate, grad, y, COVER)
+    store_partial(partial_ptr, 0, scale_by_derivative(dgate, slope, COVER), C, COVER)
+    if weight_ptr is not None:
+        store_partial(partial_ptr, 1, dweight, C, COVER)
+        store_partial(partial_ptr, 2, dbias, C, COVER)
+
+
+def launch_backward(
+    grad: torch.Tensor,
+    grad_normed: torch.Tensor,
+    y: torch.Tensor,
+    gate: torch.Tensor,
+    keep: torch.Tensor | None,
+    norm_weight: torch.Tensor | None,
+    out: torch.Tensor,
+    norm_eps: float,
+    dx: torch.Tensor,
+    dy: torch.Tensor,
+    dgate: torch.Tensor,
+    dweight: torch.Tensor,
+    dbias: torch.Tensor,
+    config: LaunchConfig | None = None,
+) -> None:
+    """Fill the gradients. Without a LayerNorm only dy and dgate: dx is `grad` itself.
+
+    Args:
+        grad: gradient of the sum, ``[B, ..., C]``, any strides.
+        grad_normed: gradient of the LayerNorm, like `grad`; not read without a weight, and neither is `out`.
+        y: as given to the forward, and so are `gate`, `keep`, `norm_weight` and `norm_eps`.
+        gate: see `y`.
+        keep: see `y`.
+        norm_weight: see `y`.
+        out: the forward's sum.
+        norm_eps: see `y`.
+        dx: written, contiguous, in the shape of `y`.
+        dy: like `dx`.
+        dgate: written, in the shape of `gate`.
+        dweight: written, ``[C]``.
+        dbias: like `dweight`.
+        config: overrides `choose_config`.
+    """
+    normed = norm_weight is not None
+    channels = y.shape[-1]
+    sums = [dgate, dweight, dbias] if normed else [dgate]
+    if y.numel() == 0:
+        for target in sums:
+            target.zero_()
+        return
+    grad, y = as_rows(grad), as_rows(y)
+    grad_normed = as_rows(grad_normed) if normed else grad
+    config = config or choose_config(channels)
+    rows = y.shape[0] * y.shape[1]
+    programs, share = rows_of_programs("backward", rows, config.block_m)
+    partials = torch.empty((len(sums), programs, channels), dtype=torch.float32, device=y.device)
+    align = common_alignment(grad, grad_normed, y)
+    with device_guard(y):
+        backward_kernel[(programs,)](
+            grad,
+            grad_normed,
+            y,
+            gate.contiguous(),
+            None if keep is None else keep.contiguous(),
+            None if norm_weight is None else norm_weight.contiguous(),
+            out,
+            norm_eps,
+            rows,
+            y.shape[1],
+            share,
+            *row_strides(align, grad, grad_normed, y),
+            dx,
+            dy,
+            partials,
+            C=channels,
+            COVER=config.cover,
+            BLOCK_M=config.block_m,
+            GATE_STRIDE=int(gate.shape[0] > 1),
+            ALIGN=align,
+            **config.options(),
+        )
+    for target, total in zip(sums, partials.sum(1), strict=True):
+        target.copy_(total.sum() if target.shape[0] == 1 else total)

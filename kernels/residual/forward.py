@@ -1,0 +1,154 @@
+"""The forward kernel and its launcher: one pass over the rows, LayerNorm included.
+
+A program owns consecutive rows. It computes tanh(gate) once, then takes a step of BLOCK_M whole rows at a time, so that
+the LayerNorm of a row finds it in registers. Rows that are not kept do not read y.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from infimm_fast.kernels.common.launch import (
+    LaunchConfig,
+    common_alignment,
+    device_guard,
+    head_strides,
+    rows_contiguous,
+)
+from infimm_fast.kernels.common.tiles import load_rows, store_rows
+from infimm_fast.kernels.residual.config import choose_config, rows_of_programs
+from infimm_fast.kernels.residual.tiles import (
+    add_gated,
+    apply_affine,
+    input_offsets,
+    load_channels,
+    load_slope,
+    locate_rows,
+    normalise,
+    output_offsets,
+)
+
+
+@triton.jit(
+    do_not_specialize=[
+        "num_rows",
+        "rows_per_batch",
+        "rows_per_program",
+        "stride_xb",
+        "stride_xn",
+        "stride_yb",
+        "stride_yn",
+    ]
+)
+def forward_kernel(
+    x_ptr,
+    y_ptr,
+    gate_ptr,
+    keep_ptr,
+    weight_ptr,
+    bias_ptr,
+    eps,
+    num_rows,
+    rows_per_batch,
+    rows_per_program,
+    stride_xb,
+    stride_xn,
+    stride_yb,
+    stride_yn,
+    out_ptr,
+    normed_ptr,
+    C: tl.constexpr,
+    COVER: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    GATE_STRIDE: tl.constexpr,
+    ALIGN: tl.constexpr,
+):
+    """``out = x + keep * tanh(gate) * y`` and, if there is a weight, its LayerNorm; both contiguous."""
+    first = tl.program_id(0) * rows_per_program
+    last = tl.minimum(first + rows_per_program, num_rows)
+    slope = load_slope(gate_ptr, C, COVER, GATE_STRIDE)  # [1, C]
+    for start in range(first, last, BLOCK_M):
+        row, m_row, keep = locate_rows(start, last, rows_per_batch, keep_ptr, BLOCK_M)
+        x = load_rows(x_ptr, input_offsets(row, rows_per_batch, stride_xb, stride_xn, ALIGN), m_row, C, COVER)
+        y = load_rows(y_ptr, input_offsets(row, rows_per_batch, stride_yb, stride_yn, ALIGN), keep != 0, C, COVER)
+        out = add_gated(x, y, slope, keep, COVER)  # [BLOCK_M, C]
+        store_rows(out_ptr, out, output_offsets(row, C), m_row, C, COVER)
+        if weight_ptr is not None:
+            normal, _ = normalise(out, eps, C, COVER)
+            weight = load_channels(weight_ptr, C, COVER, 1)  # [1, C]
+            bias = load_channels(bias_ptr, C, COVER, 1)
+            normed = apply_affine(normal, weight, bias, COVER)
+            store_rows(normed_ptr, normed, output_offsets(row, C), m_row, C, COVER)
+
+
+def as_rows(tensor: torch.Tensor) -> torch.Tensor:
+    """Return ``[B, ..., C]`` as ``[B, N, 1, C]``; copied if channels are not contiguous or rows have no common stride."""
+    tensor = rows_contiguous(tensor)
+    return (tensor.flatten(1, -2) if tensor.dim() > 2 else tensor[:, None]).unsqueeze(2)
+
+
+def row_strides(align: int, *tensors: torch.Tensor) -> list[int]:
+    """Return the strides of B and N of each ``[B, N, 1, C]`` tensor, in units of `align` elements."""
+    return [stride // align for tensor in tensors for stride in head_strides(tensor)[:2]]
+
+
+def launch_forward(
+    x: torch.Tensor,
+    y: torch.Tensor,
+    gate: torch.Tensor,
+    keep: torch.Tensor | None,
+    norm_weight: torch.Tensor | None,
+    norm_bias: torch.Tensor | None,
+    norm_eps: float,
+    config: LaunchConfig | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Run the forward kernel.
+
+    Args:
+        x: ``[B, ..., C]``, any strides.
+        y: like `x`.
+        gate: ``[C]`` or ``[1]``.
+        keep: ``[B]``, or None for all ones.
+        norm_weight: ``[C]``, or None for no LayerNorm.
+        norm_bias: ``[C]``, or None for no LayerNorm.
+        norm_eps: added to the variance.
+        config: overrides `choose_config`.
+
+    Returns:
+        The sum and its LayerNorm, contiguous, in the shape and dtype of `x`; the second is empty if there is no weight.
+    """
+    channels = x.shape[-1]
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    normed = torch.empty(x.shape if norm_weight is not None else (0,), dtype=x.dtype, device=x.device)
+    if out.numel() == 0:
+        return out, normed
+    x, y = as_rows(x), as_rows(y)
+    config = config or choose_config(channels)
+    rows = x.shape[0] * x.shape[1]
+    programs, share = rows_of_programs("forward", rows, config.block_m)
+    align = common_alignment(x, y)
+    with device_guard(x):
+        forward_kernel[(programs,)](
+            x,
+            y,
+            gate.contiguous(),
+            None if keep is None else keep.contiguous(),
+            None if norm_weight is None else norm_weight.contiguous(),
+            None if norm_bias is None else norm_bias.contiguous(),
+            norm_eps,
+            rows,
+            x.shape[1],
+            share,
+            *row_strides(align, x, y),
+            out,
+            normed,
+            C=channels,
+            COVER=config.cover,
+            BLOCK_M=config.block_m,
+            GATE_STRIDE=int(gate.shape[0] > 1),
+            ALIGN=align,
+            **config.options(),
+        )
+    return out, normed

@@ -1,0 +1,334 @@
+"""The forward kernel and its launcher.
+
+One program owns BLOCK_M queries of one head of one tile and walks over the keys with an online softmax in base 2. PEEL
+takes the first token out of the tiles: a tower with a class token has 1 + 1024 tokens, and at 128 x 64 the odd one
+would cost a ninth block of queries and a seventeenth block of keys. Peeled, every online softmax starts from the first
+key (maximum q.k, sum 1, accumulator v), and the first query is a program of its own that uses no tensor cores.
+
+Keys are masked only if the last block can be incomplete. Then all blocks are: a second copy of the loop body for the
+last one costs up to 56 registers, which spills on some GPUs and on the others decides whether two programs fit on a
+multiprocessor.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from infimm_fast.kernels.common.launch import (
+    LaunchConfig,
+    capability,
+    common_alignment,
+    device_guard,
+    head_strides,
+    rows_are_wide,
+    rows_contiguous,
+)
+from infimm_fast.kernels.common.tiles import (
+    LN_2,
+    LOG2_E,
+    add_product,
+    add_weighted_rows,
+    head_start,
+    load_tile,
+    locate,
+    outer_product,
+    row_offsets,
+    row_products,
+    scale_tile,
+    scores_of,
+    store_tile,
+    zero_tile,
+)
+from infimm_fast.kernels.subimage.config import choose_config
+from infimm_fast.kernels.subimage.rotate import launch_rotate, rotate_tile
+
+
+@triton.jit
+def attend_block(
+    q,
+    acc,
+    m,
+    total,
+    k_ptr,
+    v_ptr,
+    o_key,
+    o_value,
+    query_index,
+    key_start,
+    length,
+    scale_log2,
+    D: tl.constexpr,
+    COVER: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    MASKED: tl.constexpr,
+    CAUSAL: tl.constexpr,
+):
+    """One step of the online softmax over BLOCK_N keys; without MASKED all of them are visible to every query."""
+    k = load_tile(k_ptr, o_key, length - key_start, D, COVER, MASKED)  # [BLOCK_N, D]
+    scores = scores_of(q, k, COVER)  # [BLOCK_M, BLOCK_N]
+    if MASKED:
+        key_index = key_start + tl.arange(0, BLOCK_N)[None, :]
+        visible = key_index < length
+        if CAUSAL:
+            visible = visible & (key_index <= query_index[:, None])
+        scores = tl.where(visible, scores, float("-inf"))
+    m_new = tl.maximum(m, tl.max(scores, axis=1) * scale_log2)
+    p = tl.exp2(scores * scale_log2 - m_new[:, None])
+    alpha = tl.exp2(m - m_new)
+    v = load_tile(v_ptr, o_value, length - key_start, D, COVER, MASKED)
+    acc = add_product(scale_tile(acc, alpha[:, None], COVER), p, v, COVER)
+    return acc, m_new, total * alpha + tl.sum(p, axis=1)
+
+
+@triton.jit
+def attend_first_query(
+    q,
+    acc,
+    m,
+    total,
+    k_ptr,
+    v_ptr,
+    step_k,
+    step_v,
+    o_key,
+    o_value,
+    length,
+    scale_log2,
+    D: tl.constexpr,
+    COVER: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """The online softmax of one query over keys 1, 2, ... on plain fp32 arithmetic."""
+    for start in range(1, length, BLOCK_N):
+        k = load_tile(k_ptr + start * step_k, o_key, length - start, D, COVER, True)  # [BLOCK_N, D]
+        visible = start + tl.arange(0, BLOCK_N) < length
+        scores = tl.where(visible, row_products(k, q, COVER) * scale_log2, float("-inf"))  # [BLOCK_N]
+        m_new = tl.maximum(m, tl.max(scores, axis=0))
+        p = tl.exp2(scores - m_new)
+        alpha = tl.exp2(m - m_new)
+        v = load_tile(v_ptr + start * step_v, o_value, length - start, D, COVER, True)
+        acc = add_weighted_rows(scale_tile(acc, alpha, COVER), p, v, COVER)
+        total = total * alpha + tl.sum(p, axis=0)
+        m = m_new
+    return acc, m, total
+
+
+@triton.jit(
+    do_not_specialize=[
+        "num_tokens",
+        "max_tokens",
+        "num_heads",
+        "rope_prefix",
+        "stride_qb",
+        "stride_qn",
+        "stride_qh",
+        "stride_kb",
+        "stride_kn",
+        "stride_kh",
+        "stride_vb",
+        "stride_vn",
+        "stride_vh",
+    ]
+)
+def forward_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    cos_ptr,
+    sin_ptr,
+    lengths_ptr,
+    scale,
+    num_tokens,
+    max_tokens,
+    num_heads,
+    rope_prefix,
+    stride_qb,
+    stride_qn,
+    stride_qh,
+    stride_kb,
+    stride_kn,
+    stride_kh,
+    stride_vb,
+    stride_vn,
+    stride_vh,
+    out_ptr,
+    lse_ptr,
+    D: tl.constexpr,
+    COVER: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    PEEL: tl.constexpr,
+    MASKED: tl.constexpr,
+    ALIGN: tl.constexpr,
+    WIDE: tl.constexpr,
+    PACKED: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+):
+    """BLOCK_M queries of one head; with PEEL, block 0 is the first query alone."""
+    num_blocks = tl.cdiv(max_tokens - PEEL, BLOCK_M) + PEEL
+    block, batch, head, first, length, stored = locate(
+        tl.program_id(0), num_blocks, num_heads, num_tokens, lengths_ptr, PACKED
+    )
+    if lse_ptr is not None:
+        lse_ptr += (batch.to(tl.int64) * num_heads + head) * num_tokens + first
+    k_ptr = head_start(k_ptr, batch, head, first, stride_kb, stride_kn, stride_kh, ALIGN)
+    v_ptr = head_start(v_ptr, batch, head, first, stride_vb, stride_vn, stride_vh, ALIGN)
+    step_k = stride_kn.to(tl.int64) * ALIGN
+    step_v = stride_vn.to(tl.int64) * ALIGN
+    o_key = row_offsets(BLOCK_N, stride_kn, ALIGN, WIDE)  # [BLOCK_N, 1]
+    o_value = row_offsets(BLOCK_N, stride_vn, ALIGN, WIDE)
+    o_out = row_offsets(BLOCK_M, num_heads * D, 1, WIDE)
+    scale_log2 = scale * LOG2_E
+    out_ptr = head_start(out_ptr, batch, head, first, num_tokens * (num_heads * D).to(tl.int64), num_heads * D, D, 1)
+
+    if PEEL and block == 0:
+        o_one = row_offsets(1, stride_qn, ALIGN, WIDE)
+        q_ptr = head_start(q_ptr, batch, head, first, stride_qb, stride_qn, stride_qh, ALIGN)
+        q_first = load_tile(q_ptr, o_one, length, D, COVER, True)  # [1, D]
+        if cos_ptr is not None:
+            q_first = rotate_tile(
+                q_first, q_ptr, o_one, length, first - rope_prefix, cos_ptr, sin_ptr, D, COVER, INTERLEAVED
+            )
+        k_first = load_tile(k_ptr, o_one, length, D, COVER, True)
+        v_first = load_tile(v_ptr, o_one, length, D, COVER, True)
+        m_first = tl.sum(row_products(k_first, q_first, COVER), axis=0) * scale_log2
+        acc_first = outer_product(tl.full([1], 1.0, tl.float32), v_first, COVER)
+        end = tl.minimum(length, 1) if CAUSAL else length
+        acc_first, m_first, total_first = attend_first_query(
+            q_first, acc_first, m_first, m_first * 0.0 + 1.0, k_ptr, v_ptr, step_k, step_v, o_key, o_value, end,
+            scale_log2, D, COVER, BLOCK_N,
+        )  # fmt: skip
+        acc_first = scale_tile(acc_first, 1.0 / total_first, COVER)
+        store_tile(out_ptr, acc_first, row_offsets(1, num_heads * D, 1, WIDE), stored, length, D, COVER)
+        if lse_ptr is not None:
+            lse_first = tl.where(length > 0, (m_first + tl.log2(total_first)) * LN_2, float("-inf"))
+            tl.store(lse_ptr, lse_first, mask=stored > 0)
+    else:
+        row = (block - PEEL) * BLOCK_M + PEEL
+        query_index = row + tl.arange(0, BLOCK_M)
+        o_query = row_offsets(BLOCK_M, stride_qn, ALIGN, WIDE)
+        q_ptr = head_start(q_ptr, batch, head, first + row, stride_qb, stride_qn, stride_qh, ALIGN)
+        q = load_tile(q_ptr, o_query, length - row, D, COVER, True)  # [BLOCK_M, D]
+        if cos_ptr is not None:
+            q = rotate_tile(
+                q, q_ptr, o_query, length - row, first + row - rope_prefix, cos_ptr, sin_ptr, D, COVER, INTERLEAVED
+            )
+        if PEEL:
+            o_one = row_offsets(1, stride_qn, ALIGN, WIDE)
+            k_first = load_tile(k_ptr, o_one, length, D, COVER, True)  # [1, D]
+            v_first = load_tile(v_ptr, o_one, length, D, COVER, True)
+            m = row_products(q, k_first, COVER) * scale_log2
+            total = tl.full([BLOCK_M], 1.0, tl.float32)
+            acc = outer_product(total, v_first, COVER)
+        else:
+            m = tl.full([BLOCK_M], float("-inf"), tl.float32)
+            total = tl.zeros([BLOCK_M], tl.float32)
+            acc = zero_tile(BLOCK_M, COVER)
+
+        # A block of padding only has nothing to attend to: no iteration at all.
+        key_end = tl.where(row < length, length, 0)
+        if CAUSAL:
+            key_end = tl.minimum(key_end, row + BLOCK_M)
+        for start in range(PEEL, key_end, BLOCK_N):
+            acc, m, total = attend_block(
+                q, acc, m, total, k_ptr + start * step_k, v_ptr + start * step_v, o_key, o_value, query_index, start,
+                length, scale_log2, D, COVER, BLOCK_N, MASKED, CAUSAL,
+            )  # fmt: skip
+
+        acc = scale_tile(acc, (1.0 / total)[:, None], COVER)
+        out_ptr += row.to(tl.int64) * (num_heads * D)
+        store_tile(out_ptr, acc, o_out, stored - row, length - row, D, COVER)
+        if lse_ptr is not None:
+            lse = tl.where(query_index < length, (m + tl.log2(total)) * LN_2, float("-inf"))
+            tl.store(lse_ptr + query_index, lse, mask=query_index < stored)
+
+
+def launch_forward(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    scale: float,
+    rope_cos: torch.Tensor | None,
+    rope_sin: torch.Tensor | None,
+    rope_prefix: int,
+    rope_interleaved: bool,
+    lengths: torch.Tensor | None,
+    packed: bool,
+    max_tokens: int,
+    is_causal: bool,
+    config: LaunchConfig | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Run the forward kernel.
+
+    Args:
+        q: ``[B, N, H, D]``; strides of B, N and H as they come.
+        k: like `q`.
+        v: like `q`.
+        scale: multiplies the scores; positive.
+        rope_cos: ``[N - rope_prefix, D]`` or None.
+        rope_sin: like `rope_cos`.
+        rope_prefix: leading tokens that are not rotated.
+        rope_interleaved: see `reference.rotate_pairs`.
+        lengths: valid lengths ``[B]``, or cumulative offsets ``[sequences + 1]`` if `packed`, or None.
+        packed: B is 1 and holds sequences end to end.
+        max_tokens: upper bound of a sequence's length.
+        is_causal: a query sees no later key.
+        config: overrides `choose_config`.
+
+    Returns:
+        The output, contiguous ``[B, N, H, D]`` in the dtype of `q`, and the log-sum-exp, fp32 ``[B, H, N]``.
+    """
+    q, k, v = rows_contiguous(q), rows_contiguous(k), rows_contiguous(v)
+    batch, tokens, heads, head_dim = q.shape
+    # Rows outside every packed sequence belong to no program.
+    out = (torch.zeros if packed else torch.empty)((batch, tokens, heads, head_dim), dtype=q.dtype, device=q.device)
+    lse = torch.empty((batch, heads, tokens), dtype=torch.float32, device=q.device)
+    if packed:
+        lse.fill_(float("-inf"))
+    if out.numel() == 0:
+        return out, lse
+    if config is None:
+        has_rope = rope_cos is not None
+        config = choose_config("forward", head_dim, q.dtype, max_tokens, capability(q), peel=lengths is None, rope=has_rope)
+    if rope_cos is not None and rope_sin is not None:
+        rope_cos, rope_sin = rope_cos.contiguous(), rope_sin.contiguous()
+        k_rotated = torch.empty((batch, tokens, heads, head_dim), dtype=k.dtype, device=k.device)
+        launch_rotate(k, rope_cos, rope_sin, rope_prefix, rope_interleaved, out=k_rotated)
+        k = k_rotated
+    sequences = lengths.shape[0] - 1 if packed and lengths is not None else batch
+    blocks = triton.cdiv(max_tokens - config.peel, config.block_m) + config.peel
+    align = common_alignment(q, k, v)
+    strides = [stride // align for tensor in (q, k, v) for stride in head_strides(tensor)]
+    with device_guard(q):
+        forward_kernel[(blocks * heads * sequences,)](
+            q,
+            k,
+            v,
+            rope_cos,
+            rope_sin,
+            lengths,
+            scale,
+            tokens,
+            max_tokens,
+            heads,
+            rope_prefix,
+            *strides,
+            out,
+            lse,
+            D=head_dim,
+            COVER=config.cover,
+            BLOCK_M=config.block_m,
+            BLOCK_N=config.block_n,
+            PEEL=int(config.peel),
+            MASKED=is_causal or lengths is not None or (max_tokens - config.peel) % config.block_n != 0,
+            ALIGN=align,
+            WIDE=rows_are_wide(max(config.block_m, config.block_n), q, k, v, out),
+            PACKED=packed,
+            CAUSAL=is_causal,
+            INTERLEAVED=rope_interleaved,
+            **config.options(),
+        )
+    return out, lse
