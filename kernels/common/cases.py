@@ -7,20 +7,26 @@ read it, so that a new op gets all of them from its own folder.
 from __future__ import annotations
 
 import importlib
-import pkgutil
+import importlib.util
+import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, ClassVar
 
 import torch
 
+from infimm_fast.kernels.common.checks import KernelArgumentError
 from infimm_fast.kernels.common.launch import LaunchConfig
 
 Inputs = dict[str, Any]
 Outputs = dict[str, torch.Tensor]
 
-BENCH, TUNE, GATE, SMALL = "bench", "tune", "gate", "small"
+BENCH, TUNE, GATE, SMALL, PROFILE = "bench", "tune", "gate", "small", "profile"
+# Attention's backward pass multiplies five matrices where the forward multiplies two.
+BACKWARD_FACTOR = 2.5
+OUTLIERS = 4
 
 
 @dataclass(frozen=True)
@@ -33,7 +39,10 @@ class Case:
         backward: forward and backward, otherwise the forward alone.
         importance: 0 is a main case; a budget cuts off at the other end.
         uses: who takes the case: `BENCH` times it, `TUNE` tunes its kernels, `GATE` compiles them for every architecture,
-            `SMALL` runs it once, checked, at awkward sizes, under sanitizers and in tests.
+            `SMALL` runs it once, checked, at awkward sizes, under sanitizers and in tests, `PROFILE` runs it once at the
+            sizes of a model.
+        kernels: those that gate and tuner look at; all that it launches if there are none.
+        dtypes: those in which the gate compiles it.
     """
 
     name: str
@@ -41,6 +50,8 @@ class Case:
     backward: bool = False
     importance: int = 1
     uses: tuple[str, ...] = (BENCH,)
+    kernels: tuple[str, ...] = ()
+    dtypes: tuple[str, ...] = ("bfloat16", "float32")
 
 
 @dataclass(frozen=True)
@@ -90,23 +101,24 @@ class Op(ABC):
 
     Attributes:
         name: of the public function.
-        function: the public function; takes `backend`.
-        outputs: names of its results.
+        outputs: names of the results of the public function.
         leaves: inputs that get gradients in cases with a backward pass, whose inputs hold "gradients", those that arrive
-            at the outputs.
-        kernels: kernel -> name of its jitted function; backward kernels start with "backward".
+            at the outputs; see `leaves_of`.
+        kernels: kernel -> name of its jitted function. Those of a backward pass that have a configuration start with
+            "backward".
+        fixed: kernels without a configuration, which are neither judged nor tuned.
         cases: at real and at small sizes.
         spills: local memory instructions that (kernel, dtype, width, arch) may hold. A forward never spills; a backward
             that has to is listed with its count, so that a change for the worse is seen.
     """
 
     name: str
-    function: Callable[..., Any]
     outputs: tuple[str, ...] = ("out",)
     leaves: tuple[str, ...] = ()
-    kernels: Mapping[str, str]
+    kernels: ClassVar[Mapping[str, str]]
+    fixed: tuple[str, ...] = ()
     cases: tuple[Case, ...]
-    spills: Mapping[tuple[str, str, int, int], int] = {}
+    spills: ClassVar[Mapping[tuple[str, str, int, int], int]] = {}
 
     @abstractmethod
     def make_inputs(self, case: Case, dtype: torch.dtype, device: torch.device, seed: int = 0) -> Inputs:
@@ -118,7 +130,7 @@ class Op(ABC):
 
     @abstractmethod
     def reference(self, case: Case, inputs: Inputs, dtype: torch.dtype) -> Outputs:
-        """Return the results of the plain statement in `dtype`, gradients of the leaves included, of what `checked` keeps."""
+        """Return the plain statement's results in `dtype`, gradients of the leaves included, of what `checked` keeps."""
 
     @abstractmethod
     def cost(self, case: Case, dtype: torch.dtype, kernel: str | None = None) -> Cost:
@@ -140,26 +152,102 @@ class Op(ABC):
     def launch(self, job: Job, inputs: Inputs, config: LaunchConfig) -> Any:
         """Run the launcher of a job's kernel with `config`, and with the shipped ones for the launcher's other kernels.
 
+        Args:
+            job: what is launched.
+            inputs: of `make_inputs`. A backward launcher takes the forward's results from "forward", if they are there;
+                else the forward runs first.
+            config: of the job's kernel.
+
         Returns:
-            The results and gradients in the order of `outputs` and `leaves`.
+            What `call` returns and, after a backward launcher, the gradients of the leaves.
         """
 
     @abstractmethod
     def rules(self, job: Job, config: LaunchConfig) -> Rules:
         """Return what the machine code of a job must hold."""
 
+    def leaves_of(self, case: Case) -> tuple[str, ...]:
+        """Return the leaves of a case; an op whose cases leave some out says which."""
+        return self.leaves
+
     def checked(self, case: Case, results: tuple[torch.Tensor, ...]) -> Outputs:
         """Return the part of a run's results that is compared: the outputs and then the gradients of `leaves`."""
         return dict(zip((*self.outputs, *self.leaves), results, strict=False))
 
 
-def find_ops() -> dict[str, Op]:
-    """Return every op that has a ``cases.py`` with a module-level ``OP``, by its name."""
-    import infimm_fast.kernels as package
+def jobs_of(op: Op, use: str, dtypes: Sequence[str], archs: Sequence[int]) -> Iterator[Job]:
+    """Yield the jobs of all cases with a use, in some dtypes and for some architectures."""
+    for case in op.cases:
+        for kernel in case.kernels or op.kernels_of(case):
+            if use in case.uses and kernel not in op.fixed:
+                yield from (Job(kernel, case, dtype, arch) for arch in archs for dtype in dtypes if dtype in case.dtypes)
 
-    ops = {}
-    for folder in pkgutil.iter_modules(package.__path__, f"{package.__name__}."):
-        if importlib.util.find_spec(f"{folder.name}.cases") is not None and folder.name.rpartition(".")[2] != "common":
-            op = importlib.import_module(f"{folder.name}.cases").OP
-            ops[op.name] = op
-    return ops
+
+def run_op(op: Op, case: Case, inputs: Inputs, backend: str) -> Outputs:
+    """Return what is compared of one run of the public function, gradients included."""
+    with torch.set_grad_enabled(case.backward):
+        results = op.call(case, inputs, backend)
+        if case.backward:
+            results += torch.autograd.grad(results, [inputs[name] for name in op.leaves_of(case)], inputs["gradients"])
+    return {name: x.detach() for name, x in op.checked(case, results).items()}
+
+
+def random_tensor(*shape: int, dtype: torch.dtype, device: torch.device, seed: int) -> torch.Tensor:
+    """Return unit-scale normal numbers of which a few are eight times as large, as activations of real towers are.
+
+    They are drawn on the device: what a large case needs would take longer to draw and copy than to time.
+    """
+    if device.type == "meta":
+        return torch.empty(shape, dtype=dtype, device=device)
+    generator = torch.Generator(device).manual_seed(seed)
+    values = torch.randn(shape, generator=generator, device=device, dtype=dtype)
+    index = torch.randint(values.numel(), (OUTLIERS,), generator=generator, device=device)
+    values.view(-1)[index] *= 8
+    return values
+
+
+def spread(count: int, limit: int) -> list[int]:
+    """Return at most `limit` indices below `count`, evenly spread, first and last among them."""
+    if count <= limit:
+        return list(range(count))
+    return [index * (count - 1) // (limit - 1) for index in range(limit)]
+
+
+_REGISTERED: dict[str, Op] = {}
+
+
+def register_op(op: Op) -> Op:
+    """Make an op known that is no part of the package; `find_ops` returns it too.
+
+    Raises:
+        KernelArgumentError: there is another op of that name.
+    """
+    if find_ops().get(op.name, op) is not op:
+        raise KernelArgumentError(f"there is an op named {op.name!r} already")
+    _REGISTERED[op.name] = op
+    return op
+
+
+def load_op(folder: Path) -> Op:
+    """Import an op's folder from anywhere as a package of its own name, and register its ``cases.OP``.
+
+    Raises:
+        KernelArgumentError: see `register_op`.
+        FileNotFoundError: the folder has no ``__init__.py``.
+    """
+    spec = importlib.util.spec_from_file_location(
+        folder.name, folder / "__init__.py", submodule_search_locations=[str(folder)]
+    )
+    assert spec is not None and spec.loader is not None
+    package = importlib.util.module_from_spec(spec)
+    sys.modules[folder.name] = package
+    spec.loader.exec_module(package)
+    return register_op(importlib.import_module(f"{folder.name}.cases").OP)
+
+
+def find_ops() -> dict[str, Op]:
+    """Return the ops of the package, which `infimm_fast.kernels.OP_FOLDERS` lists, and those registered, by name."""
+    from infimm_fast.kernels import OP_FOLDERS
+
+    ops = [importlib.import_module(f"infimm_fast.kernels.{folder}.cases").OP for folder in OP_FOLDERS]
+    return {op.name: op for op in ops} | _REGISTERED

@@ -1,0 +1,167 @@
+"""The gated residual on text states: a prompt and a decoding batch of a 13B decoder, hidden sizes of others, odd sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, ClassVar
+
+import torch
+
+from infimm_fast.kernels.common.cases import (
+    BENCH,
+    GATE,
+    PROFILE,
+    SMALL,
+    TUNE,
+    Case,
+    Cost,
+    Inputs,
+    Job,
+    Op,
+    Outputs,
+    Rules,
+    random_tensor,
+)
+from infimm_fast.kernels.common.launch import LaunchConfig
+from infimm_fast.kernels.residual.api import gated_residual
+from infimm_fast.kernels.residual.config import choose_config
+from infimm_fast.kernels.residual.options import Gradients, Options
+from infimm_fast.kernels.residual.reference import gated_residual_reference
+
+LEAVES = ("x", "y", "gate", "norm_weight", "norm_bias")
+# Hidden sizes of decoders: small ones, 7B, 13B, 70B.
+CHANNELS = (1024, 2048, 4096, 5120, 8192)
+# The LayerNorm's backward of 8192 channels holds three fp32 sums beside its row, 16 of each for each of 512 threads, and no
+# thread of so many may have more than 128 registers. On 90 it is 54 with triton 3.6.
+_SPILLS = {
+    "bfloat16": {80: 50, 89: 50, 90: 54, 100: 46, 120: 60},
+    "float32": {80: 195, 89: 195, 90: 195, 100: 173, 120: 162},
+}
+
+
+def _make_cases() -> Iterator[Case]:
+    prompt, step = {"rows": 1, "tokens": 2048, "width": 5120}, {"rows": 1, "tokens": 64, "width": 5120}
+    yield Case("2048 tokens", prompt, importance=2)
+    yield Case("2048 tokens, with backward", prompt, backward=True, importance=2, uses=(BENCH, TUNE, PROFILE))
+    yield Case("64 tokens", step, importance=2)
+    for width in CHANNELS:
+        for name, plain in (("plain", 1), ("normed", 0)):
+            sizes = {"rows": 2, "tokens": 2048, "width": width, "plain": plain, "keep": 1, "wide_vectors": 1}
+            yield Case(f"{name}, {width} channels", sizes, backward=True, uses=(GATE,))
+    kept = {"rows": 3, "tokens": 7, "width": 1000, "plain": 1, "keep": 1}
+    yield Case("small", kept, backward=True, uses=(SMALL,))
+    yield Case("small, norm", {"rows": 2, "tokens": 13, "width": 776}, backward=True, uses=(SMALL,))
+
+
+class GatedResidual(Op):
+    """``x + tanh(gate) * y`` on ``[rows, tokens, width]``, and the LayerNorm of the sum.
+
+    Sizes: rows, tokens, width; as flags plain (no LayerNorm), keep (every second row is not kept), wide_vectors (gate and
+    parameters in fp32, as in mixed precision).
+    """
+
+    name = "gated_residual"
+    outputs = ("out", "normed")
+    leaves = LEAVES
+    kernels: ClassVar = {"forward": "forward_kernel", "backward": "backward_kernel"}
+    cases = tuple(_make_cases())
+    spills: ClassVar = {
+        ("backward", dtype, CHANNELS[-1], arch): count for dtype, counts in _SPILLS.items() for arch, count in counts.items()
+    }
+
+    def make_inputs(self, case: Case, dtype: torch.dtype, device: torch.device, seed: int = 0) -> Inputs:
+        """Return states, branch, gate, the norm's parameters, and the gradients that arrive at the results."""
+        sizes = case.sizes
+        shape, width = (sizes["rows"], sizes["tokens"], sizes["width"]), sizes["width"]
+        shapes = {name: shape if name in ("x", "y") else (width,) for name in LEAVES}
+        dtypes = {name: torch.float32 if sizes.get("wide_vectors") and name not in ("x", "y") else dtype for name in LEAVES}
+        inputs: Inputs = {
+            name: random_tensor(*shapes[name], dtype=dtypes[name], device=device, seed=seed + index)
+            for index, name in enumerate(LEAVES)
+        }
+        for name in self.leaves_of(case):
+            inputs[name].requires_grad_(case.backward)
+        inputs["keep"] = torch.arange(shape[0], device=device) % 2 == 0 if sizes.get("keep") else None
+        inputs["gradients"] = tuple(
+            random_tensor(*shape, dtype=dtype, device=device, seed=seed + len(LEAVES) + index)
+            for index in range(len(self.outputs_of(case)))
+        )
+        return inputs
+
+    def outputs_of(self, case: Case) -> tuple[str, ...]:
+        """Return the outputs that a case has."""
+        return self.outputs[:1] if case.sizes.get("plain") else self.outputs
+
+    def leaves_of(self, case: Case) -> tuple[str, ...]:
+        """Return the leaves of a case; without a LayerNorm there are no parameters."""
+        return LEAVES[:3] if case.sizes.get("plain") else LEAVES
+
+    def call(self, case: Case, inputs: Inputs, backend: str) -> tuple[torch.Tensor, ...]:
+        """Return the sum and, unless the case is plain, its LayerNorm."""
+        x, y, gate, weight, bias = (inputs[name] for name in LEAVES)
+        if case.sizes.get("plain"):
+            return (gated_residual(x, y, gate, inputs["keep"], backend=backend),)  # type: ignore[return-value]
+        results = gated_residual(x, y, gate, inputs["keep"], norm_weight=weight, norm_bias=bias, backend=backend)
+        return results  # type: ignore[return-value]
+
+    def reference(self, case: Case, inputs: Inputs, dtype: torch.dtype) -> Outputs:
+        """Return the plain statement's results."""
+        leaves = [inputs[name].detach().to(dtype).requires_grad_(case.backward) for name in self.leaves_of(case)]
+        found = gated_residual_reference(*leaves[:3], inputs["keep"], *leaves[3:])[: len(self.outputs_of(case))]
+        outputs = dict(zip(self.outputs, (one.detach() for one in found), strict=False))  # type: ignore[union-attr]
+        if not case.backward:
+            return outputs
+        gradients = torch.autograd.grad(found, leaves, [one.to(dtype) for one in inputs["gradients"]])  # type: ignore[arg-type]
+        return outputs | dict(zip(LEAVES, gradients, strict=False))
+
+    def checked(self, case: Case, results: tuple[torch.Tensor, ...]) -> Outputs:
+        """Return outputs and gradients by name."""
+        return dict(zip((*self.outputs_of(case), *self.leaves_of(case)), results, strict=False))
+
+    def cost(self, case: Case, dtype: torch.dtype, kernel: str | None = None) -> Cost:
+        """Return x, y, out and normed of a forward, and of a backward two gradients in, out and y, two gradients out."""
+        values = case.sizes["rows"] * case.sizes["tokens"] * case.sizes["width"]
+        kernels = self.kernels_of(case) if kernel is None else (kernel,)
+        flops = sum({"forward": 10, "backward": 20}[one] for one in kernels)
+        tensors = sum({"forward": 4, "backward": 6}[one] for one in kernels)
+        return Cost(flops * values, tensors * values * dtype.itemsize)
+
+    def kernels_of(self, case: Case) -> tuple[str, ...]:
+        """Return forward, and backward if there is one."""
+        return ("forward", "backward") if case.backward else ("forward",)
+
+    def width(self, case: Case) -> int:
+        """Return the channels."""
+        return case.sizes["width"]
+
+    def config(self, job: Job) -> LaunchConfig:
+        """Return the shipped configuration, the same for both kernels."""
+        return choose_config(job.case.sizes["width"])
+
+    def launch(self, job: Job, inputs: Inputs, config: LaunchConfig) -> Any:
+        """Run one launcher; the other kernel of a backward job has the shipped configuration."""
+        from infimm_fast.kernels.residual.backward import launch_backward
+        from infimm_fast.kernels.residual.forward import launch_forward
+
+        x, y, gate, weight, bias = (inputs[name].detach() for name in LEAVES)
+        keep, options = inputs["keep"], Options()
+        norm = (None, None) if job.case.sizes.get("plain") else (weight, bias)
+        backward = job.kernel == "backward"
+        forward_config = self.config(job) if backward else config
+        results = inputs.get("forward") or launch_forward(x, y, gate, keep, *norm, options, config=forward_config)
+        outputs = results[: len(self.outputs_of(job.case))]
+        if not backward:
+            return outputs
+        gradients = Gradients(*(torch.empty_like(one) for one in (x, y, gate, weight, bias)))
+        grad, grad_normed = inputs["gradients"][0], inputs["gradients"][-1]
+        launch_backward(grad, grad_normed, y, gate, keep, norm[0], results[0], options, gradients=gradients, config=config)
+        if norm[0] is None:
+            gradients = gradients._replace(dx=grad)
+        return *outputs, *gradients[: len(self.leaves_of(job.case))]
+
+    def rules(self, job: Job, config: LaunchConfig) -> Rules:
+        """Rows are read and written whole."""
+        return Rules(no_elements=job.dtype != "float32", mostly_wide=job.kernel == "forward")
+
+
+OP = GatedResidual()
