@@ -26,7 +26,6 @@ Outputs = dict[str, torch.Tensor]
 BENCH, TUNE, GATE, SMALL, PROFILE = "bench", "tune", "gate", "small", "profile"
 # Attention's backward pass multiplies five matrices where the forward multiplies two.
 BACKWARD_FACTOR = 2.5
-OUTLIERS = 4
 
 
 @dataclass(frozen=True)
@@ -154,12 +153,12 @@ class Op(ABC):
 
         Args:
             job: what is launched.
-            inputs: of `make_inputs`. A backward launcher takes the forward's results from "forward", if they are there;
+            inputs: of `make_inputs`. A backward launcher takes what the forward's returned from "forward", if it is there;
                 else the forward runs first.
             config: of the job's kernel.
 
         Returns:
-            What `call` returns and, after a backward launcher, the gradients of the leaves.
+            What the forward's launcher returns; or what `call` does, and then the gradients of the leaves.
         """
 
     @abstractmethod
@@ -190,20 +189,6 @@ def run_op(op: Op, case: Case, inputs: Inputs, backend: str) -> Outputs:
         if case.backward:
             results += torch.autograd.grad(results, [inputs[name] for name in op.leaves_of(case)], inputs["gradients"])
     return {name: x.detach() for name, x in op.checked(case, results).items()}
-
-
-def random_tensor(*shape: int, dtype: torch.dtype, device: torch.device, seed: int) -> torch.Tensor:
-    """Return unit-scale normal numbers of which a few are eight times as large, as activations of real towers are.
-
-    They are drawn on the device: what a large case needs would take longer to draw and copy than to time.
-    """
-    if device.type == "meta":
-        return torch.empty(shape, dtype=dtype, device=device)
-    generator = torch.Generator(device).manual_seed(seed)
-    values = torch.randn(shape, generator=generator, device=device, dtype=dtype)
-    index = torch.randint(values.numel(), (OUTLIERS,), generator=generator, device=device)
-    values.view(-1)[index] *= 8
-    return values
 
 
 def spread(count: int, limit: int) -> list[int]:

@@ -92,17 +92,20 @@ def outlier_normal(
 
     Args:
         shape: of the result.
-        dtype: of the result; the numbers are drawn in fp32 on the CPU, so that every dtype and device sees the same.
+        dtype: of the result; the numbers are drawn in float32, so that every dtype sees the same.
         seed: of the generator.
-        device: where the result lives.
+        device: where the numbers are drawn, since drawing many elsewhere and copying them takes long; "meta" gives a
+            tensor without memory.
         outliers: how many values are enlarged.
     """
-    generator = torch.Generator().manual_seed(seed)
-    values = torch.randn(shape, generator=generator)
+    if torch.device(device).type == "meta":
+        return torch.empty(shape, dtype=dtype, device=device)
+    generator = torch.Generator(device).manual_seed(seed)
+    values = torch.randn(shape, generator=generator, device=device)
     if values.numel():
-        index = torch.randint(values.numel(), (outliers,), generator=generator)
+        index = torch.randint(values.numel(), (outliers,), generator=generator, device=device)
         values.view(-1)[index] *= 8.0
-    return values.to(device=device, dtype=dtype)
+    return values.to(dtype)
 
 
 @contextlib.contextmanager

@@ -22,10 +22,10 @@ from infimm_fast.kernels.common.cases import (
     Op,
     Outputs,
     Rules,
-    random_tensor,
     spread,
 )
 from infimm_fast.kernels.common.launch import LaunchConfig
+from infimm_fast.kernels.common.numerics import outlier_normal
 from infimm_fast.kernels.interval.api import interval_attention
 from infimm_fast.kernels.interval.config import DECODE_TOKENS, choose_config, choose_split
 from infimm_fast.kernels.interval.options import Options
@@ -176,14 +176,14 @@ class IntervalAttention(Op):
         """Return q, kv, views of its parts without a history, the intervals, and the gradient of the output."""
         sizes = case.sizes
         heads, head_dim = sizes["heads"], sizes["head_dim"]
-        q = random_tensor(sizes["rows"], sizes["tokens"], heads, head_dim, dtype=dtype, device=device, seed=seed)
+        q = outlier_normal(sizes["rows"], sizes["tokens"], heads, head_dim, dtype=dtype, device=device, seed=seed)
         shape = (visual_tokens(sizes), sizes["kv_blocks"], 2, sizes.get("kv_heads", heads), head_dim)
-        kv = random_tensor(*shape, dtype=dtype, device=device, seed=seed + 1)[:, 0].requires_grad_(case.backward)
+        kv = outlier_normal(*shape, dtype=dtype, device=device, seed=seed + 1)[:, 0].requires_grad_(case.backward)
         k, v = kv.detach().unbind(1)
         inputs: Inputs = {"q": q.requires_grad_(case.backward), "kv": kv, "k": k, "v": v}
         inputs["kv_range"] = make_kv_range(sizes, device)
         if case.backward:
-            inputs["gradients"] = (random_tensor(*q.shape, dtype=dtype, device=device, seed=seed + 2),)
+            inputs["gradients"] = (outlier_normal(*q.shape, dtype=dtype, device=device, seed=seed + 2),)
         return inputs
 
     def call(self, case: Case, inputs: Inputs, backend: str) -> tuple[torch.Tensor, ...]:
@@ -265,7 +265,7 @@ class IntervalAttention(Op):
         options = Options(job.case.sizes["head_dim"] ** -0.5)
         q, k, v, kv_range = (inputs[name].detach() for name in ("q", "k", "v", "kv_range"))
         if not job.kernel.startswith("backward"):
-            return launch_forward(q, k, v, kv_range, options, config=config)[:1]
+            return launch_forward(q, k, v, kv_range, options, config=config)
         forward_config = self.config(replace(job, kernel="forward"))
         out, lse = inputs.get("forward") or launch_forward(q, k, v, kv_range, options, config=forward_config)
         dq, dkv = q.new_empty(q.shape), k.new_empty((2, *k.shape))

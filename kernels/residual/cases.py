@@ -20,9 +20,9 @@ from infimm_fast.kernels.common.cases import (
     Op,
     Outputs,
     Rules,
-    random_tensor,
 )
 from infimm_fast.kernels.common.launch import LaunchConfig
+from infimm_fast.kernels.common.numerics import outlier_normal
 from infimm_fast.kernels.residual.api import gated_residual
 from infimm_fast.kernels.residual.config import choose_config
 from infimm_fast.kernels.residual.options import Gradients, Options
@@ -76,14 +76,14 @@ class GatedResidual(Op):
         shapes = {name: shape if name in ("x", "y") else (width,) for name in LEAVES}
         dtypes = {name: torch.float32 if sizes.get("wide_vectors") and name not in ("x", "y") else dtype for name in LEAVES}
         inputs: Inputs = {
-            name: random_tensor(*shapes[name], dtype=dtypes[name], device=device, seed=seed + index)
+            name: outlier_normal(*shapes[name], dtype=dtypes[name], device=device, seed=seed + index)
             for index, name in enumerate(LEAVES)
         }
         for name in self.leaves_of(case):
             inputs[name].requires_grad_(case.backward)
         inputs["keep"] = torch.arange(shape[0], device=device) % 2 == 0 if sizes.get("keep") else None
         inputs["gradients"] = tuple(
-            random_tensor(*shape, dtype=dtype, device=device, seed=seed + len(LEAVES) + index)
+            outlier_normal(*shape, dtype=dtype, device=device, seed=seed + len(LEAVES) + index)
             for index in range(len(self.outputs_of(case)))
         )
         return inputs
@@ -149,15 +149,14 @@ class GatedResidual(Op):
         backward = job.kernel == "backward"
         forward_config = self.config(job) if backward else config
         results = inputs.get("forward") or launch_forward(x, y, gate, keep, *norm, options, config=forward_config)
-        outputs = results[: len(self.outputs_of(job.case))]
         if not backward:
-            return outputs
+            return results
         gradients = Gradients(*(torch.empty_like(one) for one in (x, y, gate, weight, bias)))
         grad, grad_normed = inputs["gradients"][0], inputs["gradients"][-1]
         launch_backward(grad, grad_normed, y, gate, keep, norm[0], results[0], options, gradients=gradients, config=config)
         if norm[0] is None:
             gradients = gradients._replace(dx=grad)
-        return *outputs, *gradients[: len(self.leaves_of(job.case))]
+        return *results[: len(self.outputs_of(job.case))], *gradients[: len(self.leaves_of(job.case))]
 
     def rules(self, job: Job, config: LaunchConfig) -> Rules:
         """Rows are read and written whole."""
