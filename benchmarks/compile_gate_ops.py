@@ -7,14 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 
 from infimm_fast.kernels.common.launch import LaunchConfig
 from infimm_fast.kernels.interval import config as cross_config
+from infimm_fast.kernels.interval import options as cross_options
 from infimm_fast.kernels.residual import config as residual_config
+from infimm_fast.kernels.residual import options as residual_options
 from infimm_fast.kernels.subimage import config as subimage_config
+from infimm_fast.kernels.subimage.options import Options
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 HEAD_DIMS = subimage_config.HEAD_DIMS
@@ -116,24 +118,14 @@ def _subimage_launch(job: Job, config: LaunchConfig) -> None:
     packed = _empty(tiles, tokens, 3, heads, job.width, dtype=dtype)
     table = _empty(tokens - 1, job.width) if job.variant == "rope" else None
     q, k, v = packed.unbind(2)
-    common: dict[str, Any] = {
-        "scale": job.width**-0.5,
-        "rope_cos": table,
-        "rope_sin": table,
-        "rope_prefix": 1 if table is not None else 0,
-        "rope_interleaved": True,
-        "lengths": None,
-        "packed": False,
-        "max_tokens": tokens,
-        "is_causal": False,
-    }
+    options = Options(job.width**-0.5, rope_cos=table, rope_sin=table, rope_prefix=int(table is not None))
     if job.kernel == "forward":
-        launch_forward(q, k, v, **common, config=config)
+        launch_forward(q, k, v, options, config=config)
         return
     out = _empty(tiles, tokens, heads, job.width, dtype=dtype)
-    dq, dk, dv = torch.empty_like(packed).unbind(2)
+    gradients = torch.empty_like(packed).unbind(2)
     lse = _empty(tiles, heads, tokens)
-    launch_backward(out, q, k, v, out, lse, dq=dq, dk=dk, dv=dv, **common, config_kv=config, config_q=config)
+    launch_backward(out, q, k, v, out, lse, options, gradients=gradients, config_kv=config, config_q=config)
 
 
 def _subimage_rules(job: Job, config: LaunchConfig) -> Rules:
@@ -186,12 +178,14 @@ def _cross_launch(job: Job, config: LaunchConfig) -> None:
     q = _empty(batch, tokens, heads, job.width, dtype=DTYPES[job.dtype])
     k, v = _empty(keys, blocks, 2, kv_heads, job.width, dtype=DTYPES[job.dtype])[:, 3].unbind(1)
     kv_range = torch.empty((batch, tokens, 2), dtype=torch.int64, device="meta")
+    options = cross_options.Options(job.width**-0.5)
     if not job.kernel.startswith("backward"):
-        launch_forward(q, k, v, kv_range, job.width**-0.5, config=config)
+        launch_forward(q, k, v, kv_range, options, config=config)
         return
     lse = _empty(batch, heads, tokens)
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device="meta") for x in (q, k, v))
-    launch_backward(q, q, k, v, kv_range, q, lse, job.width**-0.5, dq, dk, dv, config_kv=config, config_q=config)
+    configs = {"config_kv": config, "config_q": config}
+    launch_backward(q, q, k, v, kv_range, q, lse, options, gradients=(dq, dk, dv), **configs)
 
 
 def _cross_rules(job: Job, config: LaunchConfig) -> Rules:
@@ -220,10 +214,12 @@ def _residual_launch(job: Job, config: LaunchConfig) -> None:
     keep = torch.empty(2, dtype=torch.bool, device="meta")
     vector = _empty(job.width)
     weight = vector if job.variant == "normed" else None
+    options = residual_options.Options()
     if job.kernel == "forward":
-        launch_forward(x, x, vector, keep, weight, weight, 1e-5, config=config)
+        launch_forward(x, x, vector, keep, weight, weight, options, config=config)
     else:
-        launch_backward(x, x, x, vector, keep, weight, x, 1e-5, x, x, vector, vector, vector, config=config)
+        gradients = residual_options.Gradients(x, x, vector, vector, vector)
+        launch_backward(x, x, x, vector, keep, weight, x, options, gradients=gradients, config=config)
 
 
 # The LayerNorm's backward of 8192 channels holds three fp32 sums beside its row, 16 of each for each of 512 threads, and no

@@ -17,8 +17,12 @@ from infimm_fast.benchmarks.registry import OPS, Case, Inputs, Op, load_suites
 from infimm_fast.benchmarks.suites.interval_attention import visible_pairs, visual_tokens
 from infimm_fast.kernels.common.launch import LaunchConfig
 from infimm_fast.kernels.interval import config as cross_config
+from infimm_fast.kernels.interval.options import Options as CrossOptions
 from infimm_fast.kernels.residual import config as residual_config
+from infimm_fast.kernels.residual.options import Gradients
+from infimm_fast.kernels.residual.options import Options as ResidualOptions
 from infimm_fast.kernels.subimage import config as subimage_config
+from infimm_fast.kernels.subimage.options import Options as SubimageOptions
 from infimm_fast.models.infimm_hd.costs import attention_flops
 
 SUBIMAGE, CROSS, RESIDUAL = "subimage_attention", "interval_attention", "gated_residual"
@@ -175,25 +179,18 @@ def launch(job: Job, inputs: Inputs, config: LaunchConfig, arch: int) -> Outputs
 def _launch_subimage(job: Job, inputs: Inputs, config: LaunchConfig, arch: int) -> Outputs:
     from infimm_fast.kernels.subimage.forward import launch_forward
 
-    return launch_forward(inputs["q"], inputs["k"], inputs["v"], **_subimage_options(job), config=config)
+    return launch_forward(inputs["q"], inputs["k"], inputs["v"], SubimageOptions(job.width**-0.5), config=config)
 
 
 def _launch_subimage_backward(job: Job, inputs: Inputs, config: LaunchConfig, arch: int) -> Outputs:
     from infimm_fast.kernels.subimage.backward import launch_backward
 
     packed = torch.empty_like(inputs["qkv"])
-    dq, dk, dv = packed.unbind(2)
     (gradient,), (out, lse) = inputs["gradients"], inputs["forward"]
     q, k, v = inputs["q"], inputs["k"], inputs["v"]
-    options = _subimage_options(job) | _backward_configs(job, config, arch)
-    launch_backward(gradient, q, k, v, out, lse, **options, dq=dq, dk=dk, dv=dv)
+    options, configs = SubimageOptions(job.width**-0.5), _backward_configs(job, config, arch)
+    launch_backward(gradient, q, k, v, out, lse, options, gradients=packed.unbind(2), **configs)
     return out, packed
-
-
-def _subimage_options(job: Job) -> dict[str, Any]:
-    rope = {"rope_cos": None, "rope_sin": None, "rope_prefix": 0, "rope_interleaved": True}
-    lengths = {"lengths": None, "packed": False, "max_tokens": job.sizes["tokens"], "is_causal": False}
-    return {"scale": job.width**-0.5, **rope, **lengths}
 
 
 def _backward_configs(job: Job, config: LaunchConfig, arch: int) -> dict[str, Any]:
@@ -204,7 +201,8 @@ def _backward_configs(job: Job, config: LaunchConfig, arch: int) -> dict[str, An
 def _launch_cross(job: Job, inputs: Inputs, config: LaunchConfig, arch: int) -> Outputs:
     from infimm_fast.kernels.interval.forward import launch_forward
 
-    return launch_forward(inputs["q"], inputs["k"], inputs["v"], inputs["kv_range"], job.width**-0.5, config=config)
+    q, k, v, kv_range = (inputs[name] for name in ("q", "k", "v", "kv_range"))
+    return launch_forward(q, k, v, kv_range, CrossOptions(job.width**-0.5), config=config)
 
 
 def _launch_cross_backward(job: Job, inputs: Inputs, config: LaunchConfig, arch: int) -> Outputs:
@@ -214,7 +212,8 @@ def _launch_cross_backward(job: Job, inputs: Inputs, config: LaunchConfig, arch:
     (gradient,), (out, lse) = inputs["gradients"], inputs["forward"]
     dq, dkv = q.new_empty(q.shape), k.new_empty((2, *k.shape))
     configs = _backward_configs(job, config, arch)
-    launch_backward(gradient, q, k, v, kv_range, out, lse, job.width**-0.5, dq, dkv[0], dkv[1], **configs)
+    options, gradients = CrossOptions(job.width**-0.5), (dq, dkv[0], dkv[1])
+    launch_backward(gradient, q, k, v, kv_range, out, lse, options, gradients=gradients, **configs)
     return out, dq, dkv.transpose(0, 1)
 
 
@@ -222,7 +221,7 @@ def _launch_residual(job: Job, inputs: Inputs, config: LaunchConfig, arch: int) 
     from infimm_fast.kernels.residual.forward import launch_forward
 
     x, y, gate, weight, bias = (inputs[name] for name in ("x", "y", "gate", "norm_weight", "norm_bias"))
-    return launch_forward(x, y, gate, None, weight, bias, 1e-5, config=config)
+    return launch_forward(x, y, gate, None, weight, bias, ResidualOptions(), config=config)
 
 
 def _launch_residual_backward(job: Job, inputs: Inputs, config: LaunchConfig, arch: int) -> Outputs:
@@ -231,9 +230,10 @@ def _launch_residual_backward(job: Job, inputs: Inputs, config: LaunchConfig, ar
     y, gate, weight = inputs["y"], inputs["gate"], inputs["norm_weight"]
     out, normed = inputs["forward"]
     grad, grad_normed = inputs["gradients"]
-    dx, dy, dgate, dweight, dbias = (torch.empty_like(one) for one in (y, y, gate, weight, weight))
-    launch_backward(grad, grad_normed, y, gate, None, weight, out, 1e-5, dx, dy, dgate, dweight, dbias, config=config)
-    return out, normed, dx, dy, dgate, dweight, dbias
+    gradients = Gradients(*(torch.empty_like(one) for one in (y, y, gate, weight, weight)))
+    options = ResidualOptions()
+    launch_backward(grad, grad_normed, y, gate, None, weight, out, options, gradients=gradients, config=config)
+    return out, normed, *gradients
 
 
 _LAUNCHERS: dict[tuple[str, str], Callable[[Job, Inputs, LaunchConfig, int], Outputs]] = {

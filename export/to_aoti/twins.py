@@ -15,7 +15,8 @@ from torch.library import triton_op, wrap_triton
 from infimm_fast.export.to_kernels.sources import cross_attention_source, subimage_source
 from infimm_fast.kernels.common.launch import capability
 from infimm_fast.kernels.common.offline import KernelSource
-from infimm_fast.kernels.subimage.reference import apply_rope
+from infimm_fast.kernels.subimage.ops import rotate
+from infimm_fast.kernels.subimage.options import Options
 
 
 def _launch(
@@ -56,14 +57,14 @@ def interval_attention_triton(
     return out
 
 
-def _packed(qkv: torch.Tensor, scale: float, cos: Any, sin: Any, prefix: int, interleaved: bool, *rest: Any) -> tuple:
-    seqlens, cu_seqlens, _, is_causal, _ = rest
-    _need_no_lengths(seqlens, cu_seqlens)
-    if cos is not None:
+def _packed(qkv: torch.Tensor, *arguments: Any) -> tuple:
+    options = Options(*arguments)
+    if options.lengths is not None:
+        raise NotImplementedError("packages take sub-image attention without seqlens and cu_seqlens")
+    if options.rope_cos is not None:
         q, k, v = qkv.unbind(2)
-        turned = (apply_rope(x, cos, sin, prefix, interleaved) for x in (q, k))
-        qkv = torch.stack((*turned, v), dim=2)
-    out = subimage_attention_triton(qkv.contiguous(), scale, is_causal)
+        qkv = torch.stack((rotate(q, options), rotate(k, options), v), dim=2)
+    out = subimage_attention_triton(qkv.contiguous(), options.scale, options.is_causal)
     return out, _no_lse(out)
 
 
@@ -74,11 +75,6 @@ def _separate(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *options: Any) 
 def _cross(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, kv_range: torch.Tensor, scale: float, backend: str) -> tuple:
     out = interval_attention_triton(*(x.contiguous() for x in (q, k, v, kv_range)), scale)
     return out, _no_lse(out)
-
-
-def _need_no_lengths(*lengths: Any) -> None:
-    if any(length is not None for length in lengths):
-        raise NotImplementedError("packages take sub-image attention without seqlens and cu_seqlens")
 
 
 def _no_lse(out: torch.Tensor) -> torch.Tensor:

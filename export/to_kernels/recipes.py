@@ -16,7 +16,9 @@ from infimm_fast.export.to_kernels.sources import (
     subimage_source,
 )
 from infimm_fast.kernels.common.offline import KernelSource, Launch, recorded_launches, source_of
+from infimm_fast.kernels.interval.options import Options as IntervalOptions
 from infimm_fast.kernels.subimage.config import SHORT
+from infimm_fast.kernels.subimage.options import Options
 
 # Sizes of the recorded calls; no kernel is specialised for them, but for a token count's remainder.
 TILES, TOKENS, KEYS = 2, 1025, 10250
@@ -152,11 +154,14 @@ def _subimage(tokens: int, *, peel: bool = True, rope: bool = False) -> Callable
 
         head_dim = request.head_dim
         packed = torch.empty((TILES, tokens, 3, request.heads, head_dim), dtype=request.dtype, device="meta")
-        table = torch.empty((tokens - 1, head_dim), device="meta") if rope else None
         config = choose_subimage_config("forward", head_dim, request.dtype, tokens, request.sm, rope=rope)
         config = replace(config, peel=config.peel and peel)
+        options = Options(head_dim**-0.5)
+        if rope:
+            table = torch.empty((tokens - 1, head_dim), device="meta")
+            options = options._replace(rope_cos=table, rope_sin=table, rope_prefix=1)
         q, k, v = packed.unbind(2)
-        launch_forward(q, k, v, head_dim**-0.5, table, table, int(rope), True, None, False, tokens, False, config=config)
+        launch_forward(q, k, v, options, config=config)
         return TILES
 
     return run
@@ -172,7 +177,8 @@ def _cross(kernel: str, tokens: int, batch: int = TILES) -> Callable[[Request], 
         kv_range = torch.empty((batch, tokens, 2), dtype=torch.int64, device="meta")
         config = choose_cross_config(kernel, request.head_dim, request.dtype, tokens, request.sm)
         k, v = make(KEYS, 2).unbind(1)
-        launch_forward(make(batch, tokens), k, v, kv_range, request.head_dim**-0.5, config=config)
+        options = IntervalOptions(request.head_dim**-0.5)
+        launch_forward(make(batch, tokens), k, v, kv_range, options, config=config)
         return batch
 
     return run

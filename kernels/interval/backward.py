@@ -40,6 +40,7 @@ from infimm_fast.kernels.common.tiles import (
     zero_tile,
 )
 from infimm_fast.kernels.interval.config import choose_config
+from infimm_fast.kernels.interval.options import Options
 from infimm_fast.kernels.interval.tiles import (
     hull_of,
     load_intervals,
@@ -325,33 +326,31 @@ def launch_backward(
     kv_range: torch.Tensor,
     out: torch.Tensor,
     lse: torch.Tensor,
-    scale: float,
-    dq: torch.Tensor,
-    dk: torch.Tensor,
-    dv: torch.Tensor,
+    options: Options,
+    *,
+    gradients: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
     config_kv: LaunchConfig | None = None,
     config_q: LaunchConfig | None = None,
 ) -> None:
-    """Fill dq, dk and dv.
+    """Fill the gradients.
 
     Args:
         grad: gradient of the output, ``[B, T, Hq, D]``, any strides.
-        q: as given to the forward, and so are `k`, `v`, `kv_range` and `scale`.
+        q: as given to the forward, and so are `k`, `v`, `kv_range` and `options`.
         k: see `q`.
         v: see `q`.
         kv_range: see `q`.
         out: the forward's output.
         lse: the forward's log-sum-exp, fp32 ``[B, Hq, T]``.
-        scale: see `q`.
-        dq: written, contiguous ``[B, T, Hq, D]``.
-        dk: written, contiguous ``[S, Hkv, D]``.
-        dv: like `dk`.
+        options: see `q`.
+        gradients: dq ``[B, T, Hq, D]``, dk and dv ``[S, Hkv, D]``, written; contiguous.
         config_kv: overrides `choose_config` for dk and dv.
         config_q: overrides `choose_config` for dq.
     """
     grad, q, k, v = (rows_contiguous(x) for x in (grad, q, k[None], v[None]))
     batch, tokens, heads, head_dim = q.shape
     keys, kv_heads = k.shape[1:3]
+    dq, dk, dv = gradients
     if q.numel() == 0:
         dk.zero_()
         dv.zero_()
@@ -389,7 +388,7 @@ def launch_backward(
             num_warps=4,
             **shared,
         )
-        inputs: tuple[Any, ...] = (q, k, v, kv_range, grad, lse, delta, scale, batch, tokens, kv_heads, keys)
+        inputs: tuple[Any, ...] = (q, k, v, kv_range, grad, lse, delta, options.scale, batch, tokens, kv_heads, keys)
         inputs += (*strides(q, grad), *key_strides, *kv_range.stride())
         query_kernel[(triton.cdiv(tokens * group, config_q.block_m) * kv_heads * batch,)](
             *inputs, dq, GROUP=group, **_constants(config_q), **shared

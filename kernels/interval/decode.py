@@ -42,6 +42,7 @@ from infimm_fast.kernels.interval.config import (
     PLAN_ROWS,
     Split,
 )
+from infimm_fast.kernels.interval.options import Options
 from infimm_fast.kernels.interval.tiles import attend_keys, hull_of, load_intervals
 
 # The plan of one chunk: int32 ``[FIELDS, ROWS]``. A group is stored under its first batch row.
@@ -307,7 +308,8 @@ def launch_decode(
     k: torch.Tensor,
     v: torch.Tensor,
     kv_range: torch.Tensor,
-    scale: float,
+    options: Options,
+    *,
     out: torch.Tensor,
     lse: torch.Tensor,
     config: LaunchConfig,
@@ -320,7 +322,7 @@ def launch_decode(
         k: ``[1, S, Hkv, D]``, likewise.
         v: like `k`.
         kv_range: int32 or int64 ``[B, T, 2]``, any strides.
-        scale: multiplies the scores; positive.
+        options: the operator's; `backend` does not matter.
         out: written, contiguous ``[B, T, Hq, D]``.
         lse: written, contiguous fp32 ``[B, Hq, T]``.
         config: tiles.
@@ -362,7 +364,7 @@ def launch_decode(
             v,
             kv_range,
             plan,
-            scale,
+            options.scale,
             batch,
             tokens,
             kv_heads,

@@ -23,6 +23,7 @@ from infimm_fast.kernels.common.launch import (
 from infimm_fast.kernels.common.tiles import head_start, load_rows, store_rows
 from infimm_fast.kernels.interval.config import DECODE_TOKENS, choose_config, choose_split
 from infimm_fast.kernels.interval.decode import launch_decode
+from infimm_fast.kernels.interval.options import Options
 from infimm_fast.kernels.interval.tiles import (
     attend_keys,
     hull_of,
@@ -110,7 +111,8 @@ def launch_forward(
     k: torch.Tensor,
     v: torch.Tensor,
     kv_range: torch.Tensor,
-    scale: float,
+    options: Options,
+    *,
     config: LaunchConfig | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Run the forward kernel, or for a few tokens and enough keys those of decode.
@@ -120,7 +122,7 @@ def launch_forward(
         k: ``[S, Hkv, D]``; strides of S and Hkv as they come.
         v: like `k`.
         kv_range: int32 or int64 ``[B, T, 2]``, any strides.
-        scale: multiplies the scores; positive.
+        options: the operator's; `backend` does not matter.
         config: overrides `choose_config`.
 
     Returns:
@@ -139,7 +141,7 @@ def launch_forward(
         config = choose_config(kernel, head_dim, q.dtype, tokens * group, capability(q), batch=batch)
     split = choose_split(batch, tokens, group, kv_heads, keys, config)
     if split is not None:
-        launch_decode(q, k, v, kv_range, scale, out, lse, config, split)
+        launch_decode(q, k, v, kv_range, options, out=out, lse=lse, config=config, split=split)
         return out, lse
     align = common_alignment(q, k, v)
     strides = [stride // align for stride in (*head_strides(q), *head_strides(k)[1:], *head_strides(v)[1:])]
@@ -149,7 +151,7 @@ def launch_forward(
             k,
             v,
             kv_range,
-            scale,
+            options.scale,
             tokens,
             kv_heads,
             keys,

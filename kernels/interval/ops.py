@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from infimm_fast.kernels.common.launch import resolve_backend
+from infimm_fast.kernels.interval.options import Options
 from infimm_fast.kernels.interval.reference import interval_mask
 
 
@@ -94,7 +95,7 @@ def _attention(
     if resolve_backend(backend, q) == "triton":
         from infimm_fast.kernels.interval.forward import launch_forward
 
-        return launch_forward(q, k, v, kv_range, scale)
+        return launch_forward(q, k, v, kv_range, Options(scale))
     return composite_forward(q, k, v, kv_range, scale).contiguous(), composite_lse(q, k, kv_range, scale)
 
 
@@ -114,7 +115,7 @@ def _attention_backward(
     if resolve_backend(backend, q) == "triton":
         from infimm_fast.kernels.interval.backward import launch_backward
 
-        launch_backward(grad, q, k, v, kv_range, out, lse, scale, *gradients)
+        launch_backward(grad, q, k, v, kv_range, out, lse, Options(scale), gradients=gradients)
         return gradients
     for target, value in zip(gradients, _composite_backward(grad, q, k, v, kv_range, scale), strict=True):
         target.copy_(value)

@@ -15,6 +15,7 @@ from infimm_fast.kernels.common.launch import LaunchConfig, common_alignment, de
 from infimm_fast.kernels.common.tiles import load_rows, store_rows, zero_tile
 from infimm_fast.kernels.residual.config import choose_config, rows_of_programs
 from infimm_fast.kernels.residual.forward import as_rows, row_strides
+from infimm_fast.kernels.residual.options import Gradients, Options
 from infimm_fast.kernels.residual.tiles import (
     add_norm_gradient,
     add_products,
@@ -111,12 +112,9 @@ def launch_backward(
     keep: torch.Tensor | None,
     norm_weight: torch.Tensor | None,
     out: torch.Tensor,
-    norm_eps: float,
-    dx: torch.Tensor,
-    dy: torch.Tensor,
-    dgate: torch.Tensor,
-    dweight: torch.Tensor,
-    dbias: torch.Tensor,
+    options: Options,
+    *,
+    gradients: Gradients,
     config: LaunchConfig | None = None,
 ) -> None:
     """Fill the gradients. Without a LayerNorm only dy and dgate: dx is `grad` itself.
@@ -124,22 +122,19 @@ def launch_backward(
     Args:
         grad: gradient of the sum, ``[B, ..., C]``, any strides.
         grad_normed: gradient of the LayerNorm, like `grad`; not read without a weight, and neither is `out`.
-        y: as given to the forward, and so are `gate`, `keep`, `norm_weight` and `norm_eps`.
+        y: as given to the forward, and so are `gate`, `keep`, `norm_weight` and `options`.
         gate: see `y`.
         keep: see `y`.
         norm_weight: see `y`.
         out: the forward's sum.
-        norm_eps: see `y`.
-        dx: written, contiguous, in the shape of `y`.
-        dy: like `dx`.
-        dgate: written, in the shape of `gate`.
-        dweight: written, ``[C]``.
-        dbias: like `dweight`.
+        options: see `y`.
+        gradients: written; dx and dy contiguous, in the shape of `y`.
         config: overrides `choose_config`.
     """
     normed = norm_weight is not None
     channels = y.shape[-1]
-    sums = [dgate, dweight, dbias] if normed else [dgate]
+    dx, dy, *sums = gradients
+    sums = sums if normed else sums[:1]
     if y.numel() == 0:
         for target in sums:
             target.zero_()
@@ -160,7 +155,7 @@ def launch_backward(
             None if keep is None else keep.contiguous(),
             None if norm_weight is None else norm_weight.contiguous(),
             out,
-            norm_eps,
+            options.norm_eps,
             rows,
             y.shape[1],
             share,

@@ -19,6 +19,7 @@ from infimm_fast.kernels.common.launch import (
 )
 from infimm_fast.kernels.common.tiles import load_rows, store_rows
 from infimm_fast.kernels.residual.config import choose_config, rows_of_programs
+from infimm_fast.kernels.residual.options import Options
 from infimm_fast.kernels.residual.tiles import (
     add_gated,
     apply_affine,
@@ -101,7 +102,8 @@ def launch_forward(
     keep: torch.Tensor | None,
     norm_weight: torch.Tensor | None,
     norm_bias: torch.Tensor | None,
-    norm_eps: float,
+    options: Options,
+    *,
     config: LaunchConfig | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Run the forward kernel.
@@ -113,7 +115,7 @@ def launch_forward(
         keep: ``[B]``, or None for all ones.
         norm_weight: ``[C]``, or None for no LayerNorm.
         norm_bias: ``[C]``, or None for no LayerNorm.
-        norm_eps: added to the variance.
+        options: the operator's; `backend` does not matter.
         config: overrides `choose_config`.
 
     Returns:
@@ -137,7 +139,7 @@ def launch_forward(
             None if keep is None else keep.contiguous(),
             None if norm_weight is None else norm_weight.contiguous(),
             None if norm_bias is None else norm_bias.contiguous(),
-            norm_eps,
+            options.norm_eps,
             rows,
             x.shape[1],
             share,

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from infimm_fast.kernels.common.launch import resolve_backend
+from infimm_fast.kernels.residual.options import Gradients, Options
 from infimm_fast.kernels.residual.reference import gated_sum, row_factors
 
 
@@ -80,7 +81,7 @@ def _residual(
     if resolve_backend(backend, x, otherwise="sdpa") == "triton":
         from infimm_fast.kernels.residual.forward import launch_forward
 
-        return launch_forward(x, y, gate, keep, norm_weight, norm_bias, norm_eps)
+        return launch_forward(x, y, gate, keep, norm_weight, norm_bias, Options(norm_eps))
     out, normed = composite_forward(x, y, gate, keep, norm_weight, norm_bias, norm_eps)
     return out.contiguous(), normed.contiguous() if normed is not None else _fresh(x, False)
 
@@ -102,7 +103,8 @@ def _residual_backward(
     if resolve_backend(backend, y, otherwise="sdpa") == "triton":
         from infimm_fast.kernels.residual.backward import launch_backward
 
-        launch_backward(grad, grad_normed, y, gate, keep, norm_weight, out, norm_eps, *gradients)
+        options = Options(norm_eps)
+        launch_backward(grad, grad_normed, y, gate, keep, norm_weight, out, options, gradients=gradients)
         return gradients
     dx, dy, dgate, dweight, dbias = gradients
     grad = grad.to(torch.promote_types(grad.dtype, torch.float32))
@@ -117,13 +119,11 @@ def _residual_backward(
     return gradients
 
 
-def _gradients(
-    y: torch.Tensor, gate: torch.Tensor, norm_weight: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Allocate dx, dy, dgate, dweight and dbias."""
+def _gradients(y: torch.Tensor, gate: torch.Tensor, norm_weight: torch.Tensor | None) -> Gradients:
+    """Allocate the gradients."""
     vector = gate if norm_weight is None else norm_weight
     normed = norm_weight is not None
-    return _fresh(y, normed), _fresh(y), _fresh(gate), _fresh(vector, normed), _fresh(vector, normed)
+    return Gradients(_fresh(y, normed), _fresh(y), _fresh(gate), _fresh(vector, normed), _fresh(vector, normed))
 
 
 @_residual.register_fake

@@ -9,7 +9,8 @@ import torch
 from infimm_fast.kernels.common.checks import KernelArgumentError, check_choice, check_same_kind, check_shape
 from infimm_fast.kernels.common.launch import calls_operator, settle_backend, triton_obstacle
 from infimm_fast.kernels.subimage import ops
-from infimm_fast.kernels.subimage.reference import apply_rope, subimage_attention_reference
+from infimm_fast.kernels.subimage.options import Options
+from infimm_fast.kernels.subimage.reference import subimage_attention_reference
 
 BACKENDS = ("auto", "triton", "sdpa", "reference")
 
@@ -84,10 +85,13 @@ def subimage_attention(
     check_shape("k", k, tuple(q.shape), "[B, N, H, D] of q")
     check_shape("v", v, tuple(q.shape), "[B, N, H, D] of q")
     check_same_kind("q", q, k=k, v=v)
-    backend, options = _settle(
-        q, scale, rope_cos, rope_sin, rope_prefix, rope_interleaved, seqlens, cu_seqlens, max_seqlen, is_causal, backend
-    )
-    if calls_operator(backend):
+    options = Options(
+        scale=q.shape[-1] ** -0.5 if scale is None else float(scale), rope_cos=rope_cos, rope_sin=rope_sin,
+        rope_prefix=rope_prefix, rope_interleaved=rope_interleaved, seqlens=seqlens, cu_seqlens=cu_seqlens,
+        max_seqlen=q.shape[1] if max_seqlen is None else max_seqlen, is_causal=is_causal, backend=backend,
+    )  # fmt: skip
+    options = _settle(q, options)
+    if calls_operator(options.backend):
         out, lse = torch.ops.infimm_fast.subimage_attention(q, k, v, *options)
         return (out, lse) if return_lse else out
     return _composed(q, k, v, options, return_lse)
@@ -134,58 +138,38 @@ def subimage_attention_packed(
     check_shape("qkv", qkv, (None, None, 3, None, None), "[B, N, 3, H, D]")
     check_same_kind("qkv", qkv)
     q, k, v = qkv.unbind(2)
-    backend, options = _settle(
-        q, scale, rope_cos, rope_sin, rope_prefix, rope_interleaved, seqlens, cu_seqlens, max_seqlen, is_causal, backend
-    )
-    if calls_operator(backend):
+    options = Options(
+        scale=q.shape[-1] ** -0.5 if scale is None else float(scale), rope_cos=rope_cos, rope_sin=rope_sin,
+        rope_prefix=rope_prefix, rope_interleaved=rope_interleaved, seqlens=seqlens, cu_seqlens=cu_seqlens,
+        max_seqlen=q.shape[1] if max_seqlen is None else max_seqlen, is_causal=is_causal, backend=backend,
+    )  # fmt: skip
+    options = _settle(q, options)
+    if calls_operator(options.backend):
         out, lse = torch.ops.infimm_fast.subimage_attention_packed(qkv, *options)
         return (out, lse) if return_lse else out
     return _composed(q, k, v, options, return_lse)
 
 
-def _settle(
-    q: torch.Tensor,
-    scale: float | None,
-    rope_cos: torch.Tensor | None,
-    rope_sin: torch.Tensor | None,
-    rope_prefix: int,
-    rope_interleaved: bool,
-    seqlens: torch.Tensor | None,
-    cu_seqlens: torch.Tensor | None,
-    max_seqlen: int | None,
-    is_causal: bool,
-    backend: str,
-) -> tuple[str, ops.Options]:
-    """Check what both functions share; return the backend and the operators' options."""
-    check_choice("backend", backend, BACKENDS)
-    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    if not 0.0 < scale < math.inf:
-        raise KernelArgumentError(f"scale={scale} is not accepted; it must be a positive number")
-    _check_rope(q, rope_cos, rope_sin, rope_prefix, rope_interleaved, cu_seqlens is not None)
-    _check_lengths(q, seqlens, cu_seqlens, max_seqlen)
-    if cu_seqlens is None or max_seqlen is None:
-        max_seqlen = q.shape[1]
-    chosen = settle_backend(backend, q, triton_obstacle(q) or _rope_obstacle(rope_cos, rope_sin), stacklevel=4)
-    return chosen, (
-        scale, rope_cos, rope_sin, rope_prefix, rope_interleaved, seqlens, cu_seqlens, max_seqlen, is_causal, chosen
-    )  # fmt: skip
+def _settle(q: torch.Tensor, options: Options) -> Options:
+    """Check what both functions share; return the options as the operators take them, with the backend chosen."""
+    check_choice("backend", options.backend, BACKENDS)
+    if not 0.0 < options.scale < math.inf:
+        raise KernelArgumentError(f"scale={options.scale} is not accepted; it must be a positive number")
+    _check_rope(q, options)
+    _check_lengths(q, options)
+    chosen = settle_backend(options.backend, q, triton_obstacle(q) or _rope_obstacle(options), stacklevel=4)
+    return options._replace(max_seqlen=options.max_seqlen if options.packed else q.shape[1], backend=chosen)
 
 
-def _check_rope(
-    q: torch.Tensor,
-    cos: torch.Tensor | None,
-    sin: torch.Tensor | None,
-    prefix: int,
-    interleaved: bool,
-    packed: bool,
-) -> None:
+def _check_rope(q: torch.Tensor, options: Options) -> None:
+    cos, sin, prefix = options.rope_cos, options.rope_sin, options.rope_prefix
     if (cos is None) != (sin is None):
         raise KernelArgumentError("rope_cos and rope_sin go together; only one of them was given")
     if cos is None or sin is None:
         return
     if not 0 <= prefix <= q.shape[1]:
         raise KernelArgumentError(f"rope_prefix={prefix} is outside [0, N] = [0, {q.shape[1]}]")
-    if prefix and packed:
+    if prefix and options.packed:
         raise KernelArgumentError("rope_prefix must be 0 with cu_seqlens; give a prefix token cosine 1 and sine 0")
     if q.shape[3] % 2:
         raise KernelArgumentError(f"RoPE turns pairs of channels; the head dim {q.shape[3]} is odd")
@@ -195,9 +179,8 @@ def _check_rope(
             raise KernelArgumentError(f"{name} is {table.dtype} on {table.device}; expected floating point on {q.device}")
 
 
-def _check_lengths(
-    q: torch.Tensor, seqlens: torch.Tensor | None, cu_seqlens: torch.Tensor | None, max_seqlen: int | None
-) -> None:
+def _check_lengths(q: torch.Tensor, options: Options) -> None:
+    seqlens, cu_seqlens, max_seqlen = options.seqlens, options.cu_seqlens, options.max_seqlen
     if seqlens is not None and cu_seqlens is not None:
         raise KernelArgumentError("seqlens (padded tiles) and cu_seqlens (packed sequences) exclude each other")
     if seqlens is not None:
@@ -208,7 +191,7 @@ def _check_lengths(
             raise KernelArgumentError(
                 f"cu_seqlens has {cu_seqlens.shape[0]} entries and B is {q.shape[0]}; expected at least 2, and B = 1"
             )
-        if max_seqlen is not None and max_seqlen < 1:
+        if max_seqlen < 1 <= q.shape[1]:
             raise KernelArgumentError(f"max_seqlen={max_seqlen} is not accepted; it must be at least 1")
     for name, lengths in (("seqlens", seqlens), ("cu_seqlens", cu_seqlens)):
         if lengths is not None and (lengths.dtype not in (torch.int32, torch.int64) or lengths.device != q.device):
@@ -217,27 +200,24 @@ def _check_lengths(
             )
 
 
-def _rope_obstacle(cos: torch.Tensor | None, sin: torch.Tensor | None) -> str | None:
+def _rope_obstacle(options: Options) -> str | None:
     """Return why the kernel does not take these tables, or None."""
-    if torch.is_grad_enabled() and any(table is not None and table.requires_grad for table in (cos, sin)):
+    tables = (options.rope_cos, options.rope_sin)
+    if torch.is_grad_enabled() and any(table is not None and table.requires_grad for table in tables):
         return "the kernel takes RoPE tables as constants, and these require a gradient"
     return None
 
 
-def _composed(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: ops.Options, return_lse: bool) -> Result:
+def _composed(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: Options, return_lse: bool) -> Result:
     """Backends made of ordinary, traceable PyTorch functions."""
-    scale, cos, sin, prefix, interleaved, seqlens, cu_seqlens, _, is_causal, backend = options
-    if cos is not None and sin is not None:
-        q = apply_rope(q, cos, sin, prefix, interleaved)
-        k = apply_rope(k, cos, sin, prefix, interleaved)
-    if backend == "reference":
+    q, k, seqlens = ops.rotate(q, options), ops.rotate(k, options), options.seqlens
+    if options.backend == "reference":
         q, k, v = ops.drop_padding(seqlens, q, k, v)
-        out, lse = subimage_attention_reference(q, k, v, scale, seqlens, cu_seqlens, is_causal)
+        out, lse = subimage_attention_reference(q, k, v, options.scale, seqlens, options.cu_seqlens, options.is_causal)
         (out,) = ops.drop_padding(seqlens, out)  # for the backward: whatever gradient arrives for padding stays there
         return (out, lse.detach()) if return_lse else out
-    out = ops.composite_forward(q, k, v, scale, seqlens, cu_seqlens, is_causal)
+    out = ops.composite_forward(q, k, v, options)
     if not return_lse:
         return out
     with torch.no_grad():
-        q, k = ops.drop_padding(seqlens, q, k)
-        return out, ops.composite_lse(q, k, scale, seqlens, cu_seqlens, is_causal)
+        return out, ops.composite_lse(*ops.drop_padding(seqlens, q, k), options)

@@ -42,7 +42,8 @@ from infimm_fast.kernels.common.tiles import (
     zero_tile,
 )
 from infimm_fast.kernels.subimage.config import choose_config
-from infimm_fast.kernels.subimage.rotate import launch_rotate, rotate_tile
+from infimm_fast.kernels.subimage.options import Options
+from infimm_fast.kernels.subimage.rotate import contiguous_tables, rotate_tile, rotated
 
 
 @triton.jit
@@ -247,19 +248,7 @@ def forward_kernel(
 
 
 def launch_forward(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    scale: float,
-    rope_cos: torch.Tensor | None,
-    rope_sin: torch.Tensor | None,
-    rope_prefix: int,
-    rope_interleaved: bool,
-    lengths: torch.Tensor | None,
-    packed: bool,
-    max_tokens: int,
-    is_causal: bool,
-    config: LaunchConfig | None = None,
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: Options, *, config: LaunchConfig | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Run the forward kernel.
 
@@ -267,15 +256,7 @@ def launch_forward(
         q: ``[B, N, H, D]``; strides of B, N and H as they come.
         k: like `q`.
         v: like `q`.
-        scale: multiplies the scores; positive.
-        rope_cos: ``[N - rope_prefix, D]`` or None.
-        rope_sin: like `rope_cos`.
-        rope_prefix: leading tokens that are not rotated.
-        rope_interleaved: see `reference.rotate_pairs`.
-        lengths: valid lengths ``[B]``, or cumulative offsets ``[sequences + 1]`` if `packed`, or None.
-        packed: B is 1 and holds sequences end to end.
-        max_tokens: upper bound of a sequence's length.
-        is_causal: a query sees no later key.
+        options: the operator's; `backend` does not matter.
         config: overrides `choose_config`.
 
     Returns:
@@ -283,38 +264,35 @@ def launch_forward(
     """
     q, k, v = rows_contiguous(q), rows_contiguous(k), rows_contiguous(v)
     batch, tokens, heads, head_dim = q.shape
+    lengths, max_tokens = options.lengths, options.max_seqlen or tokens
     # Rows outside every packed sequence belong to no program.
-    out = (torch.zeros if packed else torch.empty)((batch, tokens, heads, head_dim), dtype=q.dtype, device=q.device)
+    out = (torch.zeros if options.packed else torch.empty)((batch, tokens, heads, head_dim), dtype=q.dtype, device=q.device)
     lse = torch.empty((batch, heads, tokens), dtype=torch.float32, device=q.device)
-    if packed:
+    if options.packed:
         lse.fill_(float("-inf"))
     if out.numel() == 0:
         return out, lse
     if config is None:
-        has_rope = rope_cos is not None
-        config = choose_config("forward", head_dim, q.dtype, max_tokens, capability(q), peel=lengths is None, rope=has_rope)
-    if rope_cos is not None and rope_sin is not None:
-        rope_cos, rope_sin = rope_cos.contiguous(), rope_sin.contiguous()
-        k_rotated = torch.empty((batch, tokens, heads, head_dim), dtype=k.dtype, device=k.device)
-        launch_rotate(k, rope_cos, rope_sin, rope_prefix, rope_interleaved, out=k_rotated)
-        k = k_rotated
-    sequences = lengths.shape[0] - 1 if packed and lengths is not None else batch
+        flags = {"peel": lengths is None, "rope": options.rope_cos is not None}
+        config = choose_config("forward", head_dim, q.dtype, max_tokens, capability(q), **flags)
+    options = contiguous_tables(options)
+    k = rotated(k, options)
     blocks = triton.cdiv(max_tokens - config.peel, config.block_m) + config.peel
     align = common_alignment(q, k, v)
     strides = [stride // align for tensor in (q, k, v) for stride in head_strides(tensor)]
     with device_guard(q):
-        forward_kernel[(blocks * heads * sequences,)](
+        forward_kernel[(blocks * heads * options.sequences(batch),)](
             q,
             k,
             v,
-            rope_cos,
-            rope_sin,
+            options.rope_cos,
+            options.rope_sin,
             lengths,
-            scale,
+            options.scale,
             tokens,
             max_tokens,
             heads,
-            rope_prefix,
+            options.rope_prefix,
             *strides,
             out,
             lse,
@@ -323,12 +301,12 @@ def launch_forward(
             BLOCK_M=config.block_m,
             BLOCK_N=config.block_n,
             PEEL=int(config.peel),
-            MASKED=is_causal or lengths is not None or (max_tokens - config.peel) % config.block_n != 0,
+            MASKED=options.is_causal or lengths is not None or (max_tokens - config.peel) % config.block_n != 0,
             ALIGN=align,
             WIDE=rows_are_wide(max(config.block_m, config.block_n), q, k, v, out),
-            PACKED=packed,
-            CAUSAL=is_causal,
-            INTERLEAVED=rope_interleaved,
+            PACKED=options.packed,
+            CAUSAL=options.is_causal,
+            INTERLEAVED=options.rope_interleaved,
             **config.options(),
         )
     return out, lse

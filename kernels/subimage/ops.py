@@ -14,25 +14,11 @@ import torch
 import torch.nn.functional as F
 
 from infimm_fast.kernels.common.launch import resolve_backend
+from infimm_fast.kernels.subimage.options import SCHEMA, Options
 from infimm_fast.kernels.subimage.reference import apply_rope, rotate_pairs, visible_mask
 
-_OPTIONS = (
-    "float scale, Tensor? rope_cos, Tensor? rope_sin, int rope_prefix, bool rope_interleaved, Tensor? seqlens, "
-    "Tensor? cu_seqlens, SymInt max_seqlen, bool is_causal, str backend"
-)
-# What follows the tensors in both operators, in the order of the schema.
-Options = tuple[
-    float,
-    torch.Tensor | None,
-    torch.Tensor | None,
-    int,
-    bool,
-    torch.Tensor | None,
-    torch.Tensor | None,
-    int,
-    bool,
-    str,
-]
+# Fields of the options that hold tensors.
+_TENSORS = ("rope_cos", "rope_sin", "seqlens", "cu_seqlens")
 
 
 def drop_padding(seqlens: torch.Tensor | None, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -44,16 +30,9 @@ def drop_padding(seqlens: torch.Tensor | None, *tensors: torch.Tensor) -> tuple[
     return tuple(tensor.masked_fill(padding, 0.0) for tensor in tensors)
 
 
-def composite_forward(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    scale: float,
-    seqlens: torch.Tensor | None,
-    cu_seqlens: torch.Tensor | None,
-    is_causal: bool,
-) -> torch.Tensor:
+def composite_forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: Options) -> torch.Tensor:
     """Attention by PyTorch's fused kernel; q and k are rotated already. Differentiable."""
+    scale, seqlens, cu_seqlens, is_causal = options.scale, options.seqlens, options.cu_seqlens, options.is_causal
     q, k, v = (x.transpose(1, 2) for x in drop_padding(seqlens, q, k, v))
     if seqlens is None and cu_seqlens is None:
         return F.scaled_dot_product_attention(q, k, v, scale=scale, is_causal=is_causal).transpose(1, 2)
@@ -65,20 +44,17 @@ def composite_forward(
     return out.transpose(1, 2).masked_fill(empty[..., None], 0.0)
 
 
-def composite_lse(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    scale: float,
-    seqlens: torch.Tensor | None,
-    cu_seqlens: torch.Tensor | None,
-    is_causal: bool,
-) -> torch.Tensor:
+def composite_lse(q: torch.Tensor, k: torch.Tensor, options: Options) -> torch.Tensor:
     """Log-sum-exp of the scaled scores, fp32 ``[B, H, N]``; the scores of one tile at a time are in memory."""
-    mask = visible_mask(q.shape[1], q.device, seqlens, cu_seqlens, is_causal)
+    mask = _mask(q, options)
     lse = q.new_empty(q.shape[0], q.shape[2], q.shape[1], dtype=torch.float32)
     for tile in range(q.shape[0]):
-        lse[tile] = torch.logsumexp(_scores(q[tile], k[tile], scale, _mask_of(mask, tile)), dim=-1)
+        lse[tile] = torch.logsumexp(_scores(q[tile], k[tile], options.scale, _mask_of(mask, tile)), dim=-1)
     return lse
+
+
+def _mask(q: torch.Tensor, options: Options) -> torch.Tensor | None:
+    return visible_mask(q.shape[1], q.device, options.seqlens, options.cu_seqlens, options.is_causal)
 
 
 def _mask_of(mask: torch.Tensor | None, tile: int) -> torch.Tensor | None:
@@ -92,14 +68,15 @@ def _scores(q: torch.Tensor, k: torch.Tensor, scale: float, mask: torch.Tensor |
     return scores if mask is None else scores.masked_fill(~mask, float("-inf"))
 
 
-def _rotate(x: torch.Tensor, options: Options) -> torch.Tensor:
-    _, cos, sin, prefix, interleaved, *_ = options
-    return x if cos is None or sin is None else apply_rope(x, cos, sin, prefix, interleaved)
+def rotate(x: torch.Tensor, options: Options) -> torch.Tensor:
+    """Turn queries or keys ``[B, N, H, D]`` by their angles, if there is RoPE; differentiable."""
+    cos, sin = options.rope_cos, options.rope_sin
+    return x if cos is None or sin is None else apply_rope(x, cos, sin, options.rope_prefix, options.rope_interleaved)
 
 
 def _rotate_back(x: torch.Tensor, options: Options) -> torch.Tensor:
     """Apply the transposed rotation; a quarter turn transposed is its negative."""
-    _, cos, sin, prefix, interleaved, *_ = options
+    cos, sin, prefix, interleaved = options.rope_cos, options.rope_sin, options.rope_prefix, options.rope_interleaved
     if cos is None or sin is None:
         return x
     head, tail = x[:, :prefix], x[:, prefix:]
@@ -111,64 +88,45 @@ def _composite_backward(
     grad: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: Options
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return dq, dk, dv; probabilities of one tile at a time are in memory, in at least fp32."""
-    scale, _, _, _, _, seqlens, cu_seqlens, _, is_causal, _ = options
     wide = torch.promote_types(q.dtype, torch.float32)
-    grad, q, k, v = drop_padding(seqlens, grad, q, k, v)
-    q, k = _rotate(q, options).to(wide), _rotate(k, options).to(wide)
+    grad, q, k, v = drop_padding(options.seqlens, grad, q, k, v)
+    q, k = rotate(q, options).to(wide), rotate(k, options).to(wide)
     grad, v = grad.to(wide), v.to(wide)
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-    mask = visible_mask(q.shape[1], q.device, seqlens, cu_seqlens, is_causal)
+    mask = _mask(q, options)
     for tile in range(q.shape[0]):
-        p = torch.softmax(_scores(q[tile], k[tile], scale, _mask_of(mask, tile)), dim=-1).nan_to_num(0.0)  # [H, N, N]
+        scores = _scores(q[tile], k[tile], options.scale, _mask_of(mask, tile))  # [H, N, N]
+        p = torch.softmax(scores, dim=-1).nan_to_num(0.0)
         dv[tile] = torch.einsum("hnm,nhd->mhd", p, grad[tile])
         dp = torch.einsum("nhd,mhd->hnm", grad[tile], v[tile])
-        ds = p * (dp - (p * dp).sum(-1, keepdim=True)) * scale
+        ds = p * (dp - (p * dp).sum(-1, keepdim=True)) * options.scale
         dq[tile] = torch.einsum("hnm,mhd->nhd", ds, k[tile])
         dk[tile] = torch.einsum("hnm,nhd->mhd", ds, q[tile])
     return _rotate_back(dq, options), _rotate_back(dk, options), dv
 
 
-def _lengths(options: Options) -> tuple[torch.Tensor | None, bool]:
-    """Return what the Triton launchers call (lengths, packed)."""
-    seqlens, cu_seqlens = options[5], options[6]
-    return (cu_seqlens, True) if cu_seqlens is not None else (seqlens, False)
-
-
 def _forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: Options) -> tuple[torch.Tensor, torch.Tensor]:
-    scale, cos, sin, prefix, interleaved, seqlens, cu_seqlens, max_seqlen, is_causal, backend = options
-    if resolve_backend(backend, q) == "triton":
+    if resolve_backend(options.backend, q) == "triton":
         from infimm_fast.kernels.subimage.forward import launch_forward
 
-        return launch_forward(q, k, v, scale, cos, sin, prefix, interleaved, *_lengths(options), max_seqlen, is_causal)
-    q, k = _rotate(q, options), _rotate(k, options)
-    out = composite_forward(q, k, v, scale, seqlens, cu_seqlens, is_causal).contiguous()
-    q, k = drop_padding(seqlens, q, k)
-    return out, composite_lse(q, k, scale, seqlens, cu_seqlens, is_causal)
+        return launch_forward(q, k, v, options)
+    q, k = rotate(q, options), rotate(k, options)
+    out = composite_forward(q, k, v, options).contiguous()
+    return out, composite_lse(*drop_padding(options.seqlens, q, k), options)
 
 
 def _backward(
-    grad: torch.Tensor,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-    options: Options,
-    dq: torch.Tensor,
-    dk: torch.Tensor,
-    dv: torch.Tensor,
+    grad: torch.Tensor, tensors: tuple[torch.Tensor, ...], options: Options, gradients: tuple[torch.Tensor, ...]
 ) -> None:
-    """Fill the gradients."""
-    scale, cos, sin, prefix, interleaved, _, _, max_seqlen, is_causal, backend = options
-    if resolve_backend(backend, q) == "triton":
+    """Fill dq, dk and dv; `tensors` are q, k, v and what the forward returned."""
+    q, k, v, out, lse = tensors
+    dq, dk, dv = gradients
+    if resolve_backend(options.backend, q) == "triton":
         from infimm_fast.kernels.subimage.backward import launch_backward
 
-        launch_backward(
-            grad, q, k, v, out, lse, scale, cos, sin, prefix, interleaved, *_lengths(options), max_seqlen, is_causal,
-            dq, dk, dv,
-        )  # fmt: skip
+        launch_backward(grad, q, k, v, out, lse, options, gradients=(dq, dk, dv))
         return
-    for target, value in zip((dq, dk, dv), _composite_backward(grad, q, k, v, options), strict=True):
+    for target, value in zip(gradients, _composite_backward(grad, q, k, v, options), strict=True):
         target.copy_(value)
 
 
@@ -185,16 +143,16 @@ def _outputs(q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 @torch.library.custom_op(
     "infimm_fast::subimage_attention",
     mutates_args=(),
-    schema=f"(Tensor q, Tensor k, Tensor v, {_OPTIONS}) -> (Tensor, Tensor)",
+    schema=f"(Tensor q, Tensor k, Tensor v, {SCHEMA}) -> (Tensor, Tensor)",
 )
 def _attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *options: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    return _forward(q, k, v, options)
+    return _forward(q, k, v, Options(*options))
 
 
 @torch.library.custom_op(
     "infimm_fast::subimage_attention_backward",
     mutates_args=(),
-    schema=(f"(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {_OPTIONS}) -> (Tensor, Tensor, Tensor)"),
+    schema=f"(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {SCHEMA}) -> (Tensor, Tensor, Tensor)",
 )
 def _attention_backward(
     grad: torch.Tensor,
@@ -206,32 +164,30 @@ def _attention_backward(
     *options: Any,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     gradients = _fresh(q), _fresh(k), _fresh(v)
-    _backward(grad, q, k, v, out, lse, options, *gradients)
+    _backward(grad, (q, k, v, out, lse), Options(*options), gradients)
     return gradients
 
 
 @torch.library.custom_op(
     "infimm_fast::subimage_attention_packed",
     mutates_args=(),
-    schema=f"(Tensor qkv, {_OPTIONS}) -> (Tensor, Tensor)",
+    schema=f"(Tensor qkv, {SCHEMA}) -> (Tensor, Tensor)",
 )
 def _attention_packed(qkv: torch.Tensor, *options: Any) -> tuple[torch.Tensor, torch.Tensor]:
     q, k, v = qkv.unbind(2)
-    return _forward(q, k, v, options)
+    return _forward(q, k, v, Options(*options))
 
 
 @torch.library.custom_op(
     "infimm_fast::subimage_attention_packed_backward",
     mutates_args=(),
-    schema=f"(Tensor grad, Tensor qkv, Tensor out, Tensor lse, {_OPTIONS}) -> Tensor",
+    schema=f"(Tensor grad, Tensor qkv, Tensor out, Tensor lse, {SCHEMA}) -> Tensor",
 )
 def _attention_packed_backward(
     grad: torch.Tensor, qkv: torch.Tensor, out: torch.Tensor, lse: torch.Tensor, *options: Any
 ) -> torch.Tensor:
     gradient = _fresh(qkv)
-    q, k, v = qkv.unbind(2)
-    dq, dk, dv = gradient.unbind(2)
-    _backward(grad, q, k, v, out, lse, options, dq, dk, dv)
+    _backward(grad, (*qkv.unbind(2), out, lse), Options(*options), gradient.unbind(2))
     return gradient
 
 
@@ -256,37 +212,34 @@ def _(grad: torch.Tensor, qkv: torch.Tensor, *rest: Any) -> torch.Tensor:
 
 
 def _keep(ctx: Any, tensors: tuple[torch.Tensor, ...], options: Options, output: tuple[torch.Tensor, ...]) -> None:
-    """Save what the backward needs; tensors among the options are saved like the others."""
+    """Save what the backward needs, the tensors among the options like the others."""
     ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(*tensors, *output, *(x for x in options if isinstance(x, torch.Tensor)))
-    ctx.options = tuple(None if isinstance(x, torch.Tensor) else x for x in options)
-    ctx.tensor_options = tuple(i for i, x in enumerate(options) if isinstance(x, torch.Tensor))
+    ctx.save_for_backward(*tensors, *output, *(getattr(options, name) for name in _TENSORS))
+    ctx.options = options._replace(**dict.fromkeys(_TENSORS))
 
 
-def _kept(ctx: Any, count: int) -> tuple[tuple[torch.Tensor, ...], tuple[Any, ...]]:
-    """Return the first `count` saved tensors and the options."""
-    options = list(ctx.options)
+def _kept(ctx: Any) -> tuple[list[torch.Tensor], Options]:
+    """Return the saved tensors, the outputs at their end, and the options."""
     saved = ctx.saved_tensors  # read once: checkpointing recomputes them at every access, and refuses a second one
-    for index, tensor in zip(ctx.tensor_options, saved[count:], strict=True):
-        options[index] = tensor
-    return saved[:count], tuple(options)
+    first = len(saved) - len(_TENSORS)
+    return saved[:first], ctx.options._replace(**dict(zip(_TENSORS, saved[first:], strict=True)))
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
-    _keep(ctx, inputs[:3], inputs[3:], output)
+    _keep(ctx, inputs[:3], Options(*inputs[3:]), output)
 
 
 def _setup_packed(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
-    _keep(ctx, inputs[:1], inputs[1:], output)
+    _keep(ctx, inputs[:1], Options(*inputs[1:]), output)
 
 
 def _differentiate(ctx: Any, grad: torch.Tensor, _: Any) -> tuple[torch.Tensor | None, ...]:
-    tensors, options = _kept(ctx, 5)
+    tensors, options = _kept(ctx)
     return (*_attention_backward(grad, *tensors, *options), *[None] * len(options))
 
 
 def _differentiate_packed(ctx: Any, grad: torch.Tensor, _: Any) -> tuple[torch.Tensor | None, ...]:
-    tensors, options = _kept(ctx, 3)
+    tensors, options = _kept(ctx)
     return (_attention_packed_backward(grad, *tensors, *options), *[None] * len(options))
 
 

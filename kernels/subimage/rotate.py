@@ -13,6 +13,7 @@ import triton.language as tl
 
 from infimm_fast.kernels.common.launch import common_alignment, device_guard, head_strides, rows_are_wide
 from infimm_fast.kernels.common.tiles import head_start, piece_start, piece_width, row_offsets
+from infimm_fast.kernels.subimage.options import Options
 
 ROTATE_ROWS = 64
 
@@ -159,24 +160,28 @@ def rotate_kernel(
     tl.store(out_ptr + o_out + o_second, out_second, mask=m_pair)
 
 
-def launch_rotate(
-    x: torch.Tensor,
-    cos: torch.Tensor,
-    sin: torch.Tensor,
-    prefix: int,
-    interleaved: bool,
-    *,
-    out: torch.Tensor,
-    transpose: bool = False,
-) -> None:
+def contiguous_tables(options: Options) -> Options:
+    """Return `options` with contiguous RoPE tables, if there are any."""
+    if options.rope_cos is None or options.rope_sin is None:
+        return options
+    return options._replace(rope_cos=options.rope_cos.contiguous(), rope_sin=options.rope_sin.contiguous())
+
+
+def rotated(x: torch.Tensor, options: Options) -> torch.Tensor:
+    """Return queries or keys turned by their angles, contiguous; without RoPE `x` itself."""
+    if options.rope_cos is None:
+        return x
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    launch_rotate(x, options, out=out)
+    return out
+
+
+def launch_rotate(x: torch.Tensor, options: Options, *, out: torch.Tensor, transpose: bool = False) -> None:
     """Write the rotation of `x` (or its transpose, the rotation's backward) into `out`, which may be `x` itself.
 
     Args:
         x: ``[B, N, H, D]``, last axis contiguous.
-        cos: ``[N - prefix, D]``, contiguous.
-        sin: like `cos`.
-        prefix: leading tokens copied unchanged.
-        interleaved: see `reference.rotate_pairs`.
+        options: with contiguous RoPE tables.
         out: like `x`.
         transpose: apply the transposed rotation.
     """
@@ -186,11 +191,11 @@ def launch_rotate(
     with device_guard(x):
         rotate_kernel[grid](
             x,
-            cos,
-            sin,
+            options.rope_cos,
+            options.rope_sin,
             tokens,
             heads,
-            prefix,
+            options.rope_prefix,
             *(stride // align for stride in head_strides(x)),
             *(stride // align for stride in head_strides(out)),
             out,
@@ -199,7 +204,7 @@ def launch_rotate(
             ROWS=ROTATE_ROWS,
             ALIGN=align,
             WIDE=rows_are_wide(ROTATE_ROWS, x, out),
-            INTERLEAVED=interleaved,
+            INTERLEAVED=options.rope_interleaved,
             TRANSPOSE=transpose,
             num_warps=4,
         )

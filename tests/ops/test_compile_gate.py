@@ -70,9 +70,10 @@ def test_one_misaligned_view_is_refused() -> None:
     config = OPS[SUBIMAGE].config(job)
     broad = torch.empty((2, 729, 3, 16, 73), dtype=torch.bfloat16, device="meta")[..., :72]
     from infimm_fast.kernels.subimage.forward import launch_forward
+    from infimm_fast.kernels.subimage.options import Options
 
     with recorded_launches() as launches:
-        launch_forward(*broad.unbind(2), 0.1, None, None, 0, True, None, False, 729, False, config=config)
+        launch_forward(*broad.unbind(2), Options(0.1), config=config)
     code = gate.inspect_code(compile_triton(source_of(launches[-1]), 90))
     assert any("two-byte" in failure for failure in gate.judge(job, config, code))
 

@@ -7,6 +7,7 @@ import torch
 
 from infimm_fast.kernels.common.checks import KernelArgumentError
 from infimm_fast.kernels.residual.config import MAX_CHANNELS, MAX_PROGRAMS, choose_config, rows_of_programs
+from infimm_fast.kernels.residual.options import Gradients, Options
 
 
 @pytest.mark.parametrize("channels", [1, 2, 24, 128, 130, 512, 513, 1024, 1280, 2047, 2048, 4096, 5120, 7168, 8192])
@@ -45,7 +46,8 @@ def test_launches_depend_on_shapes_only(norm: bool, monkeypatch: pytest.MonkeyPa
     x, y = torch.empty(2, 3, 1000, 5120, device="meta", dtype=torch.bfloat16)
     vector, keep = torch.empty(5120, device="meta"), torch.empty(3, device="meta", dtype=torch.bool)
     weight = vector if norm else None
-    out, normed = launch_forward(x, y, vector, keep, weight, weight, 1e-5)
+    out, normed = launch_forward(x, y, vector, keep, weight, weight, Options())
     assert out.shape == x.shape and normed.shape == (x.shape if norm else (0,))
-    launch_backward(out, normed, y, vector, keep, weight, out, 1e-5, x, y, vector, vector, vector)
+    gradients = Gradients(x, y, vector, vector, vector)
+    launch_backward(out, normed, y, vector, keep, weight, out, Options(), gradients=gradients)
     assert launched == [("forward_kernel", (1500,)), ("backward_kernel", (250,))]
