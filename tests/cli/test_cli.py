@@ -67,18 +67,8 @@ def test_demo_with_a_converted_checkpoint(tmp_path):
         tmp_path / "tokenizer",
     )
     assert "Wrote" in text
-    text = invoke(
-        "demo",
-        PICTURE,
-        "--checkpoint",
-        tmp_path / "model",
-        "--output",
-        tmp_path / "o",
-        "--max-new-tokens",
-        2,
-        "--repeats",
-        1,
-    )
+    options = ("--checkpoint", tmp_path / "model", "--output", tmp_path / "o", "--max-new-tokens", 2, "--repeats", 1)
+    text = invoke("demo", PICTURE, *options)
     assert "Random weights" not in text and "same tokens" in text
 
 
