@@ -12,9 +12,10 @@ from dataclasses import dataclass
 
 import torch
 
-from infimm_fast.kernels.common.checks import BackendUnavailableError, KernelArgumentError
+from infimm_fast.kernels.common.checks import BackendUnavailableError, KernelArgumentError, check_choice
 
 INT32_MAX = 2**31 - 1
+BACKENDS = ("auto", "triton", "sdpa", "reference")
 TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MAX_HEAD_DIM = 128
 
@@ -90,21 +91,22 @@ def _find_triton() -> bool:
 TRITON_INSTALLED = _find_triton()
 
 
-def resolve_backend(backend: str, tensor: torch.Tensor, otherwise: str = "sdpa") -> str:
+def resolve_backend(backend: str, tensor: torch.Tensor) -> str:
     """Turn ``"auto"`` into a backend for `tensor`, and refuse an explicit ``"triton"`` that cannot run.
 
     Args:
-        backend: what was asked for.
+        backend: one of `BACKENDS`.
         tensor: one of the inputs.
-        otherwise: the op's backend where Triton cannot run.
 
     Raises:
+        KernelArgumentError: there is no such backend.
         BackendUnavailableError: ``"triton"`` was asked for, and triton is missing or the tensor is on a CPU without
             ``TRITON_INTERPRET=1``.
     """
+    check_choice("backend", backend, BACKENDS)
     on_gpu = tensor.device.type == "cuda"
     if backend == "auto":
-        return "triton" if on_gpu and TRITON_INSTALLED else otherwise
+        return "triton" if on_gpu and TRITON_INSTALLED else "sdpa"
     if backend == "triton":
         if not TRITON_INSTALLED:
             raise BackendUnavailableError("backend='triton' needs the triton package; pip install 'infimm-fast[gpu]'")
@@ -115,29 +117,26 @@ def resolve_backend(backend: str, tensor: torch.Tensor, otherwise: str = "sdpa")
     return backend
 
 
-def settle_backend(
-    backend: str, tensor: torch.Tensor, obstacle: str | None, otherwise: str = "sdpa", stacklevel: int = 3
-) -> str:
+def settle_backend(backend: str, tensor: torch.Tensor, obstacle: str | None, stacklevel: int = 3) -> str:
     """Turn ``"auto"`` into a backend that takes the arguments; a backend asked for by name is never replaced.
 
     Args:
-        backend: what was asked for.
+        backend: one of `BACKENDS`.
         tensor: one of the inputs.
         obstacle: why the Triton kernels do not take these arguments, or None.
-        otherwise: the op's backend where Triton cannot run.
         stacklevel: of the warning; 3 if the caller is the public function.
 
     Raises:
-        KernelArgumentError: ``"triton"`` was asked for and there is an obstacle.
+        KernelArgumentError: there is no such backend, or ``"triton"`` was asked for and there is an obstacle.
         BackendUnavailableError: see `resolve_backend`.
     """
-    chosen = resolve_backend(backend, tensor, otherwise)
+    chosen = resolve_backend(backend, tensor)
     if chosen != "triton" or obstacle is None:
         return chosen
     if backend == "triton":
         raise KernelArgumentError(obstacle)
-    warnings.warn(f"backend='auto' falls back to {otherwise!r}: {obstacle}", stacklevel=stacklevel)
-    return otherwise
+    warnings.warn(f"backend='auto' falls back to 'sdpa': {obstacle}", stacklevel=stacklevel)
+    return "sdpa"
 
 
 _operators_kept = False

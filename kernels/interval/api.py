@@ -3,15 +3,42 @@
 from __future__ import annotations
 
 import math
+from typing import Literal, overload
 
 import torch
 
-from infimm_fast.kernels.common.checks import KernelArgumentError, check_choice, check_same_kind, check_shape
+from infimm_fast.kernels.common.checks import KernelArgumentError, check_same_kind, check_shape
 from infimm_fast.kernels.common.launch import calls_operator, can_read, settle_backend, triton_obstacle
 from infimm_fast.kernels.interval import ops
 from infimm_fast.kernels.interval.reference import interval_attention_reference
 
-BACKENDS = ("auto", "triton", "sdpa", "reference")
+
+@overload
+def interval_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    kv_range: torch.Tensor,
+    *,
+    scale: float | None = None,
+    validate: bool = False,
+    return_lse: Literal[False] = False,
+    backend: str = "auto",
+) -> torch.Tensor: ...
+
+
+@overload
+def interval_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    kv_range: torch.Tensor,
+    *,
+    scale: float | None = None,
+    validate: bool = False,
+    return_lse: Literal[True],
+    backend: str = "auto",
+) -> tuple[torch.Tensor, torch.Tensor]: ...
 
 
 def interval_attention(
@@ -63,7 +90,7 @@ def interval_attention(
     (arXiv 2403.01487, section 3); FlashAttention-2 (arXiv 2307.08691) for the tiling, online softmax and backward.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    _check(q, k, v, kv_range, scale, backend)
+    _check(q, k, v, kv_range, scale)
     if validate and can_read(kv_range):
         _check_bounds(kv_range, k.shape[0])
     chosen = settle_backend(backend, q, triton_obstacle(q))
@@ -80,8 +107,7 @@ def interval_attention(
         return out, ops.composite_lse(q, k, kv_range, scale)
 
 
-def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, kv_range: torch.Tensor, scale: float, backend: str) -> None:
-    check_choice("backend", backend, BACKENDS)
+def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, kv_range: torch.Tensor, scale: float) -> None:
     check_shape("q", q, (None, None, None, None), "[B, T, Hq, D]")
     check_shape("k", k, (None, None, q.shape[3]), "[S, Hkv, D]")
     check_shape("v", v, tuple(k.shape), "[S, Hkv, D] of k")

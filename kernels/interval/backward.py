@@ -328,7 +328,7 @@ def launch_backward(
     lse: torch.Tensor,
     options: Options,
     *,
-    gradients: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    gradients: tuple[torch.Tensor, ...],
     config_kv: LaunchConfig | None = None,
     config_q: LaunchConfig | None = None,
 ) -> None:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
+from typing import overload
 
 import torch
 
 from infimm_fast.kernels.common.checks import (
     SUPPORTED_DTYPES,
     KernelArgumentError,
-    check_choice,
     check_same_kind,
     check_shape,
 )
@@ -18,7 +18,33 @@ from infimm_fast.kernels.residual import ops
 from infimm_fast.kernels.residual.config import width_obstacle
 from infimm_fast.kernels.residual.reference import gated_residual_reference
 
-BACKENDS = ("auto", "triton", "sdpa", "reference")
+
+@overload
+def gated_residual(
+    x: torch.Tensor,
+    y: torch.Tensor,
+    gate: torch.Tensor,
+    keep: torch.Tensor | None = None,
+    *,
+    norm_weight: None = None,
+    norm_bias: None = None,
+    norm_eps: float = 1e-5,
+    backend: str = "auto",
+) -> torch.Tensor: ...
+
+
+@overload
+def gated_residual(
+    x: torch.Tensor,
+    y: torch.Tensor,
+    gate: torch.Tensor,
+    keep: torch.Tensor | None = None,
+    *,
+    norm_weight: torch.Tensor,
+    norm_bias: torch.Tensor,
+    norm_eps: float = 1e-5,
+    backend: str = "auto",
+) -> tuple[torch.Tensor, torch.Tensor]: ...
 
 
 def gated_residual(
@@ -63,8 +89,8 @@ def gated_residual(
     2403.01487, section 3); LayerNorm (arXiv 1607.06450).
     """
     norm_eps = float(norm_eps)
-    _check(x, y, gate, keep, norm_weight, norm_bias, norm_eps, backend)
-    chosen = settle_backend(backend, x, dtype_obstacle(x) or width_obstacle(x.shape[-1]), otherwise="sdpa")
+    _check(x, y, gate, keep, norm_weight, norm_bias, norm_eps)
+    chosen = settle_backend(backend, x, dtype_obstacle(x) or width_obstacle(x.shape[-1]))
     arguments = (x, y, gate, keep, norm_weight, norm_bias, norm_eps)
     if chosen == "triton":
         out, normed = torch.ops.infimm_fast.gated_residual(*arguments, chosen)
@@ -83,9 +109,7 @@ def _check(
     norm_weight: torch.Tensor | None,
     norm_bias: torch.Tensor | None,
     norm_eps: float,
-    backend: str,
 ) -> None:
-    check_choice("backend", backend, BACKENDS)
     if x.dim() < 2 or x.shape[-1] == 0:
         raise KernelArgumentError(f"x has shape {list(x.shape)}; expected [B, ..., C] with at least one channel")
     check_same_kind("x", x, y=y)

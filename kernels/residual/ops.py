@@ -78,7 +78,7 @@ def _residual(
     norm_eps: float,
     backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    if resolve_backend(backend, x, otherwise="sdpa") == "triton":
+    if resolve_backend(backend, x) == "triton":
         from infimm_fast.kernels.residual.forward import launch_forward
 
         return launch_forward(x, y, gate, keep, norm_weight, norm_bias, Options(norm_eps))
@@ -100,7 +100,7 @@ def _residual_backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return dx, dy, dgate, dweight, dbias; without a LayerNorm dx, which is `grad`, and the last two are empty."""
     gradients = _gradients(y, gate, norm_weight)
-    if resolve_backend(backend, y, otherwise="sdpa") == "triton":
+    if resolve_backend(backend, y) == "triton":
         from infimm_fast.kernels.residual.backward import launch_backward
 
         options = Options(norm_eps)

@@ -3,18 +3,57 @@
 from __future__ import annotations
 
 import math
+from typing import Literal, overload
 
 import torch
 
-from infimm_fast.kernels.common.checks import KernelArgumentError, check_choice, check_same_kind, check_shape
+from infimm_fast.kernels.common.checks import KernelArgumentError, check_same_kind, check_shape
 from infimm_fast.kernels.common.launch import calls_operator, settle_backend, triton_obstacle
 from infimm_fast.kernels.subimage import ops
 from infimm_fast.kernels.subimage.options import Options
 from infimm_fast.kernels.subimage.reference import subimage_attention_reference
 
-BACKENDS = ("auto", "triton", "sdpa", "reference")
-
 Result = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
+
+
+@overload
+def subimage_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    scale: float | None = None,
+    rope_cos: torch.Tensor | None = None,
+    rope_sin: torch.Tensor | None = None,
+    rope_prefix: int = 0,
+    rope_interleaved: bool = True,
+    seqlens: torch.Tensor | None = None,
+    cu_seqlens: torch.Tensor | None = None,
+    max_seqlen: int | None = None,
+    is_causal: bool = False,
+    return_lse: Literal[False] = False,
+    backend: str = "auto",
+) -> torch.Tensor: ...
+
+
+@overload
+def subimage_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    scale: float | None = None,
+    rope_cos: torch.Tensor | None = None,
+    rope_sin: torch.Tensor | None = None,
+    rope_prefix: int = 0,
+    rope_interleaved: bool = True,
+    seqlens: torch.Tensor | None = None,
+    cu_seqlens: torch.Tensor | None = None,
+    max_seqlen: int | None = None,
+    is_causal: bool = False,
+    return_lse: Literal[True],
+    backend: str = "auto",
+) -> tuple[torch.Tensor, torch.Tensor]: ...
 
 
 def subimage_attention(
@@ -97,6 +136,42 @@ def subimage_attention(
     return _composed(q, k, v, options, return_lse)
 
 
+@overload
+def subimage_attention_packed(
+    qkv: torch.Tensor,
+    *,
+    scale: float | None = None,
+    rope_cos: torch.Tensor | None = None,
+    rope_sin: torch.Tensor | None = None,
+    rope_prefix: int = 0,
+    rope_interleaved: bool = True,
+    seqlens: torch.Tensor | None = None,
+    cu_seqlens: torch.Tensor | None = None,
+    max_seqlen: int | None = None,
+    is_causal: bool = False,
+    return_lse: Literal[False] = False,
+    backend: str = "auto",
+) -> torch.Tensor: ...
+
+
+@overload
+def subimage_attention_packed(
+    qkv: torch.Tensor,
+    *,
+    scale: float | None = None,
+    rope_cos: torch.Tensor | None = None,
+    rope_sin: torch.Tensor | None = None,
+    rope_prefix: int = 0,
+    rope_interleaved: bool = True,
+    seqlens: torch.Tensor | None = None,
+    cu_seqlens: torch.Tensor | None = None,
+    max_seqlen: int | None = None,
+    is_causal: bool = False,
+    return_lse: Literal[True],
+    backend: str = "auto",
+) -> tuple[torch.Tensor, torch.Tensor]: ...
+
+
 def subimage_attention_packed(
     qkv: torch.Tensor,
     *,
@@ -152,7 +227,6 @@ def subimage_attention_packed(
 
 def _settle(q: torch.Tensor, options: Options) -> Options:
     """Check what both functions share; return the options as the operators take them, with the backend chosen."""
-    check_choice("backend", options.backend, BACKENDS)
     if not 0.0 < options.scale < math.inf:
         raise KernelArgumentError(f"scale={options.scale} is not accepted; it must be a positive number")
     _check_rope(q, options)
@@ -220,4 +294,5 @@ def _composed(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: Option
     if not return_lse:
         return out
     with torch.no_grad():
-        return out, ops.composite_lse(*ops.drop_padding(seqlens, q, k), options)
+        q, k = ops.drop_padding(seqlens, q, k)
+        return out, ops.composite_lse(q, k, options)

@@ -112,7 +112,8 @@ def _forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: Options
         return launch_forward(q, k, v, options)
     q, k = rotate(q, options), rotate(k, options)
     out = composite_forward(q, k, v, options).contiguous()
-    return out, composite_lse(*drop_padding(options.seqlens, q, k), options)
+    q, k = drop_padding(options.seqlens, q, k)
+    return out, composite_lse(q, k, options)
 
 
 def _backward(
@@ -120,11 +121,10 @@ def _backward(
 ) -> None:
     """Fill dq, dk and dv; `tensors` are q, k, v and what the forward returned."""
     q, k, v, out, lse = tensors
-    dq, dk, dv = gradients
     if resolve_backend(options.backend, q) == "triton":
         from infimm_fast.kernels.subimage.backward import launch_backward
 
-        launch_backward(grad, q, k, v, out, lse, options, gradients=(dq, dk, dv))
+        launch_backward(grad, q, k, v, out, lse, options, gradients=gradients)
         return
     for target, value in zip(gradients, _composite_backward(grad, q, k, v, options), strict=True):
         target.copy_(value)
@@ -215,7 +215,7 @@ def _keep(ctx: Any, tensors: tuple[torch.Tensor, ...], options: Options, output:
     """Save what the backward needs, the tensors among the options like the others."""
     ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(*tensors, *output, *(getattr(options, name) for name in _TENSORS))
-    ctx.options = options._replace(**dict.fromkeys(_TENSORS))
+    ctx.options = options._replace(rope_cos=None, rope_sin=None, seqlens=None, cu_seqlens=None)
 
 
 def _kept(ctx: Any) -> tuple[list[torch.Tensor], Options]:

@@ -170,7 +170,7 @@ def test_explicit_triton_on_a_cpu_is_refused(monkeypatch):
 @pytest.mark.parametrize(("channels", "dtype", "reason"), ((8200, torch.float32, "8192"), (8, torch.float64, "float64")))
 def test_auto_falls_back_aloud(channels, dtype, reason):
     x = torch.ones(1, 2, channels, dtype=dtype)
-    with mock.patch.object(launch, "resolve_backend", lambda backend, tensor, otherwise: "triton"):
+    with mock.patch.object(launch, "resolve_backend", lambda backend, tensor: "triton"):
         with pytest.warns(UserWarning, match=f"falls back to 'sdpa': .*{reason}"):
             gated_residual(x, x, x[0, 0])
         with pytest.raises(KernelArgumentError, match=reason):

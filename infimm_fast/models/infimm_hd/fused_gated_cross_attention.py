@@ -70,7 +70,6 @@ class FoldedWeights(nn.Module):
         kv_range = kv_range.masked_fill(~has_image[:, None, None], 0)
         q = q.unflatten(-1, (self.num_heads, self.head_dim))  # [B, T, H, D]
         out = interval_attention(q, *key_value, kv_range, scale=1.0, backend=backend)
-        assert isinstance(out, torch.Tensor)  # no log-sum-exp was asked for
         rows = torch.addmm(x.flatten(0, 1), out.flatten(2).flatten(0, 1), self.o_weight.t())  # [B * T, C]
         hidden = F.gelu(F.linear(F.layer_norm(rows, shape[-1:], eps=self.ff_eps), self.up_weight, self.up_bias))
         hidden = hidden.view(*shape[:-1], -1) * has_image[:, None, None].to(hidden.dtype)
@@ -150,9 +149,7 @@ class FusedGatedCrossAttentionBlock(GatedCrossAttentionBlock):
             norm_eps=norm.eps,
             backend=backend,
         )
-        out = gated_residual(x, self.ff.transform(normed), self.ff_gate, has_image, backend=backend)
-        assert isinstance(out, torch.Tensor)  # no LayerNorm was asked for
-        return out
+        return gated_residual(x, self.ff.transform(normed), self.ff_gate, has_image, backend=backend)
 
     @torch.no_grad()
     def fold(self, *, offload: bool = False, within: nn.Module | None = None) -> FusedGatedCrossAttentionBlock:
