@@ -42,8 +42,8 @@ class Manifest:
     """What ``manifest.json`` says.
 
     Attributes:
-        kind: "model" for a whole model with `infimm_fast.export.common.spec`'s graphs, "module" for a single module.
-        target: "onnx".
+        kind: "model" for a whole model with its family's graphs, "module" for a single module.
+        target: "onnx" or "aoti".
         dtype: of the weights.
         graphs: name -> declaration.
         graph_files: name -> path of the graph's file in the folder.
@@ -52,6 +52,7 @@ class Manifest:
         config: the model's configuration, empty for a module.
         generation: ids that end and pad a generated text.
         verified: whether verification passed; False if it was not asked for. A folder that failed has no manifest.
+        family: of the model, empty for a module; artifacts without it are of the family that `config` names.
         files: path in the folder -> {"sha256", "bytes"}.
         versions: package -> version.
     """
@@ -66,6 +67,7 @@ class Manifest:
     config: dict[str, Any] = field(default_factory=dict)
     generation: dict[str, Any] = field(default_factory=dict)
     verified: bool = False
+    family: str = ""
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
 

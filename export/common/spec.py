@@ -1,52 +1,28 @@
 """What an exporter knows of a model: its graphs, with the names, dtypes and axes of their inputs and outputs.
 
-Three graphs make a model. Shapes are written with numbers for fixed sizes and names for free axes::
-
-    vision      pixel_values [num_tiles, 3, S, S], tile_positions [num_tiles, 2]
-                    -> image_features [num_tiles, tokens_per_tile, C]
-    cross_kv    image_features
-                    -> cross_key_values.{i}.key / .value [visual_length, heads, head_dim]     for each gated block
-    decoder     input_ids, position_ids [batch_size, sequence_length], attention_mask [batch_size, total_sequence_length],
-                kv_range [batch_size, sequence_length, 2], has_image [batch_size],
-                past_key_values.{i}.key / .value [batch_size, kv_heads, past_sequence_length, head_dim]   for each layer,
-                cross_key_values.{i}.key / .value
-                    -> logits [batch_size, sequence_length, vocabulary],
-                       present.{i}.key / .value [batch_size, kv_heads, total_sequence_length, head_dim]
-
-`tile_positions` is (row, column) of a sub-image and (-1, -1) of a thumbnail. `visual_length` is the number of visual tokens
-rounded up to a multiple of 8; the tokens added are zero and in nobody's interval. `kv_range` says which of them each text
-token sees. `has_image` says whether a row has any picture: text before a row's first picture sees nothing either, but goes
-through the gated feed-forward, while a row without pictures passes the gated blocks unchanged, so that `kv_range` alone
-cannot tell the two apart. A batch without any picture still gives the decoder one (dummy) visual token.
-
-Pixels and logits are float32 whatever the weights' dtype, so that a program on the host needs no 16-bit numbers.
+Shapes are written with numbers for fixed sizes and names for free axes. Inputs whose names share the part before a dot
+(``past.0.key``, ``past.0.value``) reach the graph's module as one list.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
+from infimm_fast.dtypes import DTYPES
 from infimm_fast.export.common.errors import ExportError, LimitError
-from infimm_fast.models.infimm_hd.configuration_infimm_hd import InfiMMHDConfig
 
-GRAPHS = ("vision", "cross_kv", "decoder")
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 ALL_DTYPES = DTYPES | {"int64": torch.int64, "bool": torch.bool}
-VISUAL_MULTIPLE = 8
 
-# Sizes of the free axes in the samples that a graph is traced with. Different from each other, and from 0 and 1, which
-# tracing would take for constants.
-SAMPLE_SIZES = {
-    "num_tiles": 3,
-    "batch_size": 2,
-    "sequence_length": 5,
-    "past_sequence_length": 6,
-    "total_sequence_length": 11,
-    "visual_length": 24,
-}
+# ONNX's numbers of them.
+ONNX_TYPES = {"float32": 1, "int64": 7, "bool": 9, "float16": 10, "bfloat16": 16}
+
+# Free axis -> (smallest, largest) size.
+AxisLimits = Mapping[str, tuple[int, int]]
 
 
 @dataclass(frozen=True)
@@ -83,7 +59,7 @@ class GraphSpec:
     """One graph: a module's inputs in the order of its arguments, and its outputs.
 
     Attributes:
-        name: "vision", "cross_kv" or "decoder" for a model.
+        name: of the graph and of its file.
         inputs: flat, in order.
         outputs: flat, in order.
     """
@@ -97,7 +73,21 @@ class GraphSpec:
         yield from self.inputs
         yield from self.outputs
 
-    def resolve_axes(self, shapes: Mapping[str, tuple[int, ...]], limits: Mapping[str, tuple[int, int]]) -> dict[str, int]:
+    @property
+    def free_axes(self) -> list[str]:
+        """Names of the inputs' free axes, sorted."""
+        return sorted({axis for tensor in self.inputs for axis in tensor.free_axes.values()})
+
+    def nest(self, flat: Sequence[Any]) -> tuple[Any, ...]:
+        """Return the flat inputs (tensors, or anything that stands for one) as the arguments of the graph's module."""
+        named = zip((tensor.name.partition(".") for tensor in self.inputs), flat, strict=True)
+        arguments: list[Any] = []
+        for (_, dot), group in itertools.groupby(named, key=lambda pair: pair[0][:2]):
+            values = [value for _, value in group]
+            arguments.append(values if dot else values[0])
+        return tuple(arguments)
+
+    def resolve_axes(self, shapes: Mapping[str, tuple[int, ...]], limits: AxisLimits) -> dict[str, int]:
         """Return the size of every free axis in the shapes of actual inputs.
 
         Args:
@@ -126,91 +116,7 @@ class GraphSpec:
         return sizes
 
 
-def padded_visual_length(tokens: int) -> int:
-    """Return the visual length of so many visual tokens."""
-    return (tokens + VISUAL_MULTIPLE - 1) // VISUAL_MULTIPLE * VISUAL_MULTIPLE
-
-
-def check_graphs(graphs: tuple[str, ...]) -> None:
-    """Raise `ExportError` unless there are graphs and all names are known."""
-    if not graphs or not set(graphs) <= set(GRAPHS):
-        raise ExportError(f"graphs={graphs!r} is not accepted; choose from {', '.join(GRAPHS)}")
-
-
 def check_dtype(dtype: str) -> None:
     """Raise `ExportError` unless a dtype's name is known."""
     if dtype not in DTYPES:
         raise ExportError(f"dtype={dtype!r} is not accepted; choose one of {', '.join(DTYPES)}")
-
-
-def _key_values(name: str, count: int, dtype: str, shape: tuple[int | str, ...]) -> tuple[TensorSpec, ...]:
-    return tuple(TensorSpec(f"{name}.{i}.{part}", dtype, shape) for i in range(count) for part in ("key", "value"))
-
-
-def model_graphs(config: InfiMMHDConfig, dtype: str) -> dict[str, GraphSpec]:
-    """Return the three graphs of a model.
-
-    Args:
-        config: the model's configuration.
-        dtype: of the weights and of everything between the graphs.
-
-    Raises:
-        ExportError: the dtype is not known.
-    """
-    check_dtype(dtype)
-    vision, text = config.vision_config, config.text_config
-    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    side, channels = vision.image_size, vision.num_channels
-    features = TensorSpec("image_features", dtype, ("num_tiles", config.visual_tokens_per_tile, vision.hidden_size))
-    cross_shape = ("visual_length", config.cross_attention_heads, config.cross_attention_head_dim)
-    cross = _key_values("cross_key_values", len(config.gated_layers), dtype, cross_shape)
-    tokens = ("batch_size", "sequence_length")
-    past, present = (
-        _key_values(name, text.num_hidden_layers, dtype, ("batch_size", heads, axis, head_dim))
-        for name, axis in (("past_key_values", "past_sequence_length"), ("present", "total_sequence_length"))
-    )
-    return {
-        "vision": GraphSpec(
-            "vision",
-            (
-                TensorSpec("pixel_values", "float32", ("num_tiles", channels, side, side)),
-                TensorSpec("tile_positions", "int64", ("num_tiles", 2)),
-            ),
-            (features,),
-        ),
-        "cross_kv": GraphSpec("cross_kv", (features,), cross),
-        "decoder": GraphSpec(
-            "decoder",
-            (
-                TensorSpec("input_ids", "int64", tokens),
-                TensorSpec("attention_mask", "int64", ("batch_size", "total_sequence_length")),
-                TensorSpec("position_ids", "int64", tokens),
-                TensorSpec("kv_range", "int64", (*tokens, 2)),
-                TensorSpec("has_image", "bool", ("batch_size",)),
-                *past,
-                *cross,
-            ),
-            (TensorSpec("logits", "float32", (*tokens, text.vocab_size)), *present),
-        ),
-    }
-
-
-def most_positions(config: InfiMMHDConfig) -> int:
-    """Return the longest text that the decoder graph is right for: of a sliding window only what fits into it."""
-    text = config.text_config
-    window = getattr(text, "sliding_window", None) if getattr(text, "use_sliding_window", True) else None
-    return min(text.max_position_embeddings, window or text.max_position_embeddings)
-
-
-def default_limits(config: InfiMMHDConfig) -> dict[str, tuple[int, int]]:
-    """Return (smallest, largest) size of each free axis; the largest ones are chosen generously and bound memory only."""
-    positions = most_positions(config)
-    return {
-        "num_tiles": (1, 1024),
-        "batch_size": (1, 1024),
-        "sequence_length": (1, positions),
-        "past_sequence_length": (0, positions - 1),
-        "total_sequence_length": (1, positions),
-        "visual_length": (1, 1024 * config.visual_tokens_per_tile + VISUAL_MULTIPLE),
-    }

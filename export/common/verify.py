@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,55 +11,13 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
 from infimm_fast.export.common.artifact import Progress, no_progress
+from infimm_fast.export.common.cases import Case
 from infimm_fast.export.common.errors import LimitError, ShapeError, ToleranceError
-from infimm_fast.export.common.graphs import nest_inputs
-from infimm_fast.export.common.spec import VISUAL_MULTIPLE, GraphSpec, padded_visual_length
-from infimm_fast.kernels.common.numerics import Errors, measure_errors, outlier_normal
-from infimm_fast.models.infimm_hd.configuration_infimm_hd import InfiMMHDConfig
-from infimm_fast.models.infimm_hd.position_embedding import THUMBNAIL
-from infimm_fast.models.infimm_hd.visual_context import VisualContext, consecutive_ranges, count_images
+from infimm_fast.export.common.spec import AxisLimits, GraphSpec
+from infimm_fast.kernels.common.numerics import Errors, measure_errors
 
 # Runs a graph: name, inputs by name -> outputs by name.
 Run = Callable[[str, Mapping[str, torch.Tensor]], dict[str, torch.Tensor]]
-
-
-@dataclass(frozen=True)
-class Case:
-    """Inputs that a graph is tried with.
-
-    Attributes:
-        name: in the report.
-        inputs: by name.
-        compared: output name -> bool mask of the positions that matter; outputs that are not named matter everywhere.
-    """
-
-    name: str
-    inputs: dict[str, torch.Tensor]
-    compared: dict[str, torch.Tensor]
-
-
-@dataclass(frozen=True)
-class _DecoderShape:
-    """A batch of text: tiles of each picture of each row, new tokens, cached ones, padding of the last row."""
-
-    name: str
-    pictures: tuple[tuple[int, ...], ...]
-    length: int
-    past: int = 0
-    padding: int = 0
-
-
-_DECODER_SHAPES = (
-    _DecoderShape("one tile", ((1,),), 6),
-    _DecoderShape("ten tiles", ((10,),), 5),
-    _DecoderShape("several images in a row, padding", ((1, 2, 1), (2,)), 9, padding=3),
-    _DecoderShape("a text-only row among others", ((2,), ()), 6, padding=2),
-    _DecoderShape("text only", ((), ()), 4),
-    _DecoderShape("a cache", ((1,), (1, 1)), 3, past=7, padding=2),
-    _DecoderShape("one token after a cache", ((1,), ()), 1, past=9, padding=4),
-    _DecoderShape("one token, nothing before", ((1,),), 1),
-)
-_TILE_COUNTS = (1, 2, 10)
 
 
 class Float64(TorchFunctionMode):
@@ -83,63 +40,6 @@ def _widen(value: Any) -> Any:
     return torch.float64 if isinstance(value, torch.dtype) and value.is_floating_point else value
 
 
-def model_cases(graph: GraphSpec, config: InfiMMHDConfig) -> list[Case]:
-    """Return the cases of one of a model's graphs; the numbers are random but the same every time."""
-    if graph.name == "decoder":
-        return [_decoder_case(graph, shape, config, seed) for seed, shape in enumerate(_DECODER_SHAPES)]
-    return [_tile_case(graph, tiles) for tiles in _TILE_COUNTS]
-
-
-def _random(graph: GraphSpec, free: Mapping[str, int], seed: int) -> dict[str, torch.Tensor]:
-    """Return unit-scale numbers with outliers for all floating-point inputs."""
-    floating = [tensor for tensor in graph.inputs if tensor.torch_dtype.is_floating_point]
-    return {
-        tensor.name: outlier_normal(*tensor.sizes(free), dtype=tensor.torch_dtype, seed=100 * seed + index)
-        for index, tensor in enumerate(floating)
-    }
-
-
-def _tile_case(graph: GraphSpec, tiles: int) -> Case:
-    inputs = _random(graph, {"num_tiles": tiles}, tiles)
-    if graph.name == "vision":
-        places = [(tile // 3, tile % 3) for tile in range(tiles - 1)]
-        inputs["tile_positions"] = torch.tensor([*places, THUMBNAIL if tiles > 1 else (0, 0)])
-    return Case(f"{tiles} tile{'s' if tiles > 1 else ''}", inputs, {})
-
-
-def _decoder_case(graph: GraphSpec, shape: _DecoderShape, config: InfiMMHDConfig, seed: int) -> Case:
-    rows, total = len(shape.pictures), shape.past + shape.length
-    tokens_per_tile = config.visual_tokens_per_tile
-    generator = torch.Generator().manual_seed(seed)
-    special = (config.image_token_id, config.end_of_chunk_token_id)
-    ids = torch.randint(config.text_config.vocab_size, (rows, total), generator=generator)
-    ids[(ids == special[0]) | (ids == special[1])] = 1
-    mask = torch.ones(rows, total, dtype=torch.int64)
-    mask[-1, : shape.padding] = 0
-    for row, pictures in enumerate(shape.pictures):
-        start = 1 + (shape.padding if row == rows - 1 else 0)  # the first token comes before the first picture
-        ids[row, [min(start + 2 * index, total - 1) for index in range(len(pictures))]] = config.image_token_id
-    tiles = [count for pictures in shape.pictures for count in pictures]
-    row_images = consecutive_ranges(torch.tensor([len(pictures) for pictures in shape.pictures]))
-    offsets = torch.tensor([0, *tiles]).cumsum(0) * tokens_per_tile
-    context = VisualContext(torch.empty(0), offsets, row_images)
-    seen = count_images(ids == config.image_token_id)[:, shape.past :]
-    visual_length = max(padded_visual_length(sum(tiles) * tokens_per_tile), VISUAL_MULTIPLE)
-    free = {"batch_size": rows, "past_sequence_length": shape.past, "visual_length": visual_length}
-    inputs = _random(graph, free, seed) | {
-        "input_ids": ids[:, shape.past :].contiguous(),
-        "attention_mask": mask,
-        "position_ids": (mask.cumsum(1) - 1).clamp(min=0)[:, shape.past :].contiguous(),
-        "kv_range": context.kv_range(seen, config.only_attend_immediate_image),
-        "has_image": context.images_per_row > 0,
-    }
-    # What comes out at padding is nobody's business.
-    real = mask.bool()
-    compared = {tensor.name: real[:, None, :, None] for tensor in graph.outputs}
-    compared["logits"] = real[:, shape.past :, None]
-    return Case(shape.name, inputs, compared)
-
-
 def reference_outputs(module: nn.Module, graph: GraphSpec, case: Case) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """Run a graph's module in PyTorch.
 
@@ -152,9 +52,8 @@ def reference_outputs(module: nn.Module, graph: GraphSpec, case: Case) -> tuple[
         The flat outputs in the module's dtype, and in float64.
     """
     flat = [case.inputs[tensor.name] for tensor in graph.inputs]
-    layers = sum(tensor.name.startswith("past_key_values.") for tensor in graph.inputs) // 2
     with torch.no_grad():
-        arguments = nest_inputs(graph.name, flat, layers)
+        arguments = graph.nest(flat)
         plain = _flatten(module(*arguments))
         with Float64():
             exact = _flatten(module(*tree_map(_widen, arguments)))
@@ -170,7 +69,7 @@ def verify_graph(
     graph: GraphSpec,
     cases: list[Case],
     run: Run,
-    limits: Mapping[str, tuple[int, int]],
+    limits: AxisLimits,
     progress: Progress = no_progress,
 ) -> dict[str, Any]:
     """Compare an exported graph with its module on every case that lies within the limits.
@@ -217,7 +116,7 @@ def verify_graph(
     return report
 
 
-def _within(sizes: Mapping[str, int], limits: Mapping[str, tuple[int, int]]) -> bool:
+def _within(sizes: Mapping[str, int], limits: AxisLimits) -> bool:
     return all(low <= sizes[axis] <= high for axis, (low, high) in limits.items() if axis in sizes)
 
 

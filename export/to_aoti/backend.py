@@ -10,12 +10,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from infimm_fast.export.common.artifact import Manifest
-from infimm_fast.export.common.errors import ArtifactError, LimitError, ProviderError
-from infimm_fast.export.common.graphs import nest_inputs
-from infimm_fast.export.common.spec import ALL_DTYPES
+from infimm_fast.export.common.errors import ArtifactError, ProviderError
+from infimm_fast.export.common.runner import TorchValues
 
 
-class AotiBackend:
+class AotiBackend(TorchValues):
     """The packages of an artifact, with the weights that they share.
 
     Args:
@@ -24,17 +23,12 @@ class AotiBackend:
         device_id: index of the GPU, for packages that were compiled for CUDA.
 
     Raises:
-        ProviderError: the artifact is of another target, or was compiled for a device that is not here.
+        ProviderError: the artifact was compiled for a device that is not here.
         ArtifactError: a package or the weights cannot be read.
     """
 
     def __init__(self, folder: Path, manifest: Manifest, device_id: int = 0):
-        if manifest.target != "aoti":
-            raise ProviderError(
-                f"{folder} is an artifact for {manifest.target}; provider='aoti' takes what export_aoti made"
-            )
         self._manifest = manifest
-        self._layers = int(manifest.config["text_config"]["num_hidden_layers"])
         self.device = _device_of(folder, manifest, device_id)
         weights = self._read_weights(folder / manifest.options["weights"])
         self._constants = {
@@ -44,38 +38,20 @@ class AotiBackend:
         self._packages = {name: self._load(folder / manifest.graph_files[name], name) for name in manifest.graphs}
 
     def run(self, graph: str, inputs: Mapping[str, torch.Tensor], on_host: Collection[str] = ()) -> dict[str, torch.Tensor]:
-        """Run one graph.
+        """Run one graph; see `Backend`.
 
-        Args:
-            graph: its name.
-            inputs: tensors on the host, or outputs of earlier runs.
-            on_host: outputs that are copied to the host; the others stay on the device.
-
-        Raises:
-            LimitError: an input does not fit the declaration, or lies outside the limits. A package would read past its
-                buffers' bounds or answer nonsense, so this is checked at every call.
+        Inputs must have been checked, as `ExportedModel.run` does: a package would read past its buffers' bounds or answer
+        nonsense.
         """
         spec = self._manifest.graphs[graph]
-        spec.resolve_axes({name: tuple(tensor.shape) for name, tensor in inputs.items()}, self._manifest.limits)
-        for tensor in spec.inputs:
-            if inputs[tensor.name].dtype != tensor.torch_dtype:
-                raise LimitError(f"{tensor.name} is {inputs[tensor.name].dtype}; {graph} takes {tensor.torch_dtype}")
         flat = [inputs[tensor.name].to(self.device).contiguous() for tensor in spec.inputs]
         with torch.no_grad():
-            outputs = self._packages[graph](*nest_inputs(graph, flat, self._layers))
+            outputs = self._packages[graph](*spec.nest(flat))
         outputs = list(outputs) if isinstance(outputs, (list, tuple)) else [outputs]
         return {
             tensor.name: value.to("cpu") if tensor.name in on_host else value
             for tensor, value in zip(spec.outputs, outputs, strict=True)
         }
-
-    def zeros(self, dtype: str, shape: tuple[int, ...]) -> torch.Tensor:
-        """Return zeros on the device."""
-        return torch.zeros(shape, dtype=ALL_DTYPES[dtype], device=self.device)
-
-    def to_tensor(self, value: torch.Tensor) -> torch.Tensor:
-        """Return a value as a tensor on the host."""
-        return value.to("cpu")
 
     def _read_weights(self, file: Path) -> dict[str, torch.Tensor]:
         try:

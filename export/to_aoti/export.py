@@ -9,6 +9,7 @@ import tempfile
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -16,55 +17,27 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.export import Dim, ExportedProgram
 
-from infimm_fast.export.common.artifact import (
-    Manifest,
-    Progress,
-    no_progress,
-    prepare_folder,
-    write_manifest,
-    writing,
-)
+from infimm_fast.export.common.artifact import Progress, writing
 from infimm_fast.export.common.errors import AxisError, ExportError
-from infimm_fast.export.common.graphs import graph_modules, nest_inputs
-from infimm_fast.export.common.source import (
-    as_exported,
-    cast_model,
-    checkpoint_names,
-    generation_ids,
-    load_model,
-    save_processor,
-    settle_dtype,
-    settle_limits,
-)
-from infimm_fast.export.common.spec import (
-    DTYPES,
-    GRAPHS,
-    SAMPLE_SIZES,
-    GraphSpec,
-    check_dtype,
-    check_graphs,
-    model_graphs,
-)
+from infimm_fast.export.common.prepared import PreparedExport, prepare_export
+from infimm_fast.export.common.source import checkpoint_names
+from infimm_fast.export.common.spec import AxisLimits, GraphSpec
 from infimm_fast.kernels.common.launch import keep_operators
-from infimm_fast.models.infimm_hd.modeling_infimm_hd import InfiMMHDForConditionalGeneration
-from infimm_fast.models.infimm_hd.processing_infimm_hd import InfiMMHDProcessor
 
 TARGET = "aoti"
 WEIGHTS = "aoti/model.safetensors"
 DEVICES = ("cpu", "cuda")
-# The sum of two other axes, which the tracer finds by itself.
-_DERIVED = ("total_sequence_length",)
 
 
 def export_aoti(
-    model: InfiMMHDForConditionalGeneration | str | Path,
+    model: nn.Module | str | Path,
     out: str | Path,
     *,
     dtype: str | None = None,
     device: str = "cpu",
-    graphs: tuple[str, ...] = GRAPHS,
-    limits: Mapping[str, tuple[int, int]] | None = None,
-    processor: InfiMMHDProcessor | None = None,
+    graphs: tuple[str, ...] | None = None,
+    limits: AxisLimits | None = None,
+    processor: Any = None,
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> Path:
@@ -75,12 +48,12 @@ def export_aoti(
     need no Python.
 
     Args:
-        model: a model, or the folder of one.
+        model: a model of a registered family, or the folder of one.
         out: folder to make.
         dtype: "float32", "float16" or "bfloat16"; None for the model's own.
         device: "cpu" or "cuda", which is the device that compiles too.
-        graphs: which of "vision", "cross_kv" and "decoder" to compile.
-        limits: free axis -> (smallest, largest) size, in place of `default_limits`'s. The runner enforces them.
+        graphs: which of the family's to compile, of InfiMM-HD's "vision", "cross_kv" and "decoder"; None for all.
+        limits: free axis -> (smallest, largest) size, in place of the family's default. The runner enforces them.
         processor: saved with the model; None takes the one in the model's folder, if there is one.
         overwrite: replace an artifact in `out`.
         progress: called with (what is being done, how much is done, how much there is).
@@ -93,51 +66,45 @@ def export_aoti(
         AxisError: an axis that should be free was found to be fixed.
         OSError: a file cannot be written; there is no manifest then.
     """
-    out, progress = Path(out), progress or no_progress
-    check_graphs(graphs)
-    if dtype is not None:
-        check_dtype(dtype)
     _check_device(device)
-    _, model, processor = load_model(model, dtype, processor)
-    dtype = settle_dtype(model, dtype)
-    specs = {name: spec for name, spec in model_graphs(model.config, dtype).items() if name in graphs}
-    limits = settle_limits(model.config, limits)
-    prepare_folder(out, overwrite)
-    (out / TARGET).mkdir(exist_ok=True)
-    files = {name: f"{TARGET}/{name}.pt2" for name in specs}
-    cast = cast_model(model, DTYPES[dtype])
+    prepared = prepare_export(
+        model,
+        out,
+        dtype=dtype,
+        graphs=graphs,
+        limits=limits,
+        processor=processor,
+        overwrite=overwrite,
+        progress=progress,
+    )
+    files = {name: f"{TARGET}/{name}.pt2" for name in prepared.specs}
+    (prepared.out / TARGET).mkdir(exist_ok=True)
+    constants = _compile_graphs(prepared, files, device)
+    options = {"device": device, "sm": _sm(device), "weights": WEIGHTS, "constants": constants}
+    return prepared.finish(TARGET, files, {*files.values(), WEIGHTS}, options, verified=False)
+
+
+def _compile_graphs(prepared: PreparedExport, files: Mapping[str, str], device: str) -> dict[str, dict[str, str]]:
+    """Compile every graph and save the weights; return for each graph its constants' names in the weights' file."""
+    family, progress = prepared.family, prepared.progress
+    cast = family.cast(prepared.model, prepared.torch_dtype)
     if device == "cuda":
         # A copy, so that the caller's model stays where it is.
         cast = copy.deepcopy(cast).to(device)
     constants: dict[str, dict[str, str]] = {}
     tensors: dict[str, torch.Tensor] = {}
-    with as_exported(cast):
-        modules = graph_modules(cast)
-        for name, spec in specs.items():
+    with family.as_exported(cast):
+        modules, names = family.modules(cast), checkpoint_names(cast)
+        for name, spec in prepared.specs.items():
             progress(f"trace {name}", 0, 1)
-            program = trace_program(modules[name], spec, limits, cast.config.text_config.num_hidden_layers, device)
+            program = trace_program(modules[name], spec, prepared, device)
             progress(f"trace {name}", 1, 1)
             progress(f"compile {name}", 0, 1)
-            used = _compile(program, out / files[name])
-            constants[name] = _collect(name, modules[name], program, used, checkpoint_names(cast), tensors)
+            used = _compile(program, prepared.out / files[name])
+            constants[name] = _collect(name, modules[name], program, used, names, tensors)
             progress(f"compile {name}", 1, 1)
-    _save_weights(out / WEIGHTS, tensors)
-    names = {*files.values(), WEIGHTS}
-    if processor is not None:
-        names |= save_processor(processor, out)
-    manifest = Manifest(
-        kind="model",
-        target=TARGET,
-        dtype=dtype,
-        graphs=specs,
-        graph_files=files,
-        limits=limits,
-        options={"device": device, "sm": _sm(device), "weights": WEIGHTS, "constants": constants},
-        config=model.config.to_dict(),
-        generation=generation_ids(model),
-    )
-    write_manifest(out, manifest, names, progress)
-    return out
+    _save_weights(prepared.out / WEIGHTS, tensors)
+    return constants
 
 
 def _check_device(device: str) -> None:
@@ -156,26 +123,23 @@ def _sm(device: str) -> int | None:
     return 10 * major + minor
 
 
-def trace_program(
-    module: nn.Module, spec: GraphSpec, limits: Mapping[str, tuple[int, int]], num_layers: int, device: str
-) -> ExportedProgram:
+def trace_program(module: nn.Module, spec: GraphSpec, prepared: PreparedExport, device: str) -> ExportedProgram:
     """Return a graph as an exported program with its declared axes free.
 
     Args:
         module: of the graph, on the device.
         spec: the declaration.
-        limits: free axis -> (smallest, largest) size.
-        num_layers: of the decoder.
+        prepared: the export, for samples and limits.
         device: of the samples.
 
     Raises:
         AxisError: an axis that should be free was found to be fixed.
         ExportError: PyTorch cannot export the module.
     """
-    dims = {axis: Dim(axis, min=low, max=high) for axis, (low, high) in limits.items() if axis not in _DERIVED}
-    samples = [torch.zeros(t.sizes(SAMPLE_SIZES), dtype=t.torch_dtype, device=device) for t in spec.inputs]
+    derived = prepared.family.derived_axes
+    dims = {axis: Dim(axis, min=low, max=high) for axis, (low, high) in prepared.limits.items() if axis not in derived}
     free = [{i: dims.get(axis, Dim.AUTO) for i, axis in t.free_axes.items()} for t in spec.inputs]
-    arguments, shapes = (nest_inputs(spec.name, flat, num_layers) for flat in (samples, free))
+    arguments, shapes = spec.nest(prepared.samples(spec, device)), spec.nest(free)
     # On CUDA our operators stay nodes until they are replaced; on a CPU what they are made of is traced.
     with_operators = keep_operators() if device == "cuda" else contextlib.nullcontext()
     try:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from infimm_fast.dtypes import DTYPES, dtype_name
 from infimm_fast.export.common.errors import ArtifactError, ExportError
 from infimm_fast.export.to_kernels.recipes import RECIPES, Recipe, Request, describe_parameter, sources_of
 from infimm_fast.kernels.common.configs import ARCHITECTURES
@@ -22,7 +23,6 @@ from infimm_fast.kernels.common.offline import assemble, compile_source
 DESCRIPTION = "kernels.json"
 FORMAT = 1
 Files = tuple[dict[str, Any], str, bytes]  # description, PTX, cubin
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 ABOUT = (
     "Launch a kernel with grid [programs, 1, 1], where `grid` gives the number of programs, block [threads, 1, 1], and "
     "shared_memory bytes of dynamic shared memory; above 48 KB set CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES first. "
@@ -36,7 +36,7 @@ def export_kernels(
     sms: Sequence[int],
     *,
     head_dims: Sequence[int] = (64, 112),
-    dtypes: Sequence[str] = ("bf16", "fp16"),
+    dtypes: Sequence[str] = ("bfloat16", "float16"),
     heads: int = 16,
     processes: int = 2,
     progress: Callable[[int, int], None] | None = None,
@@ -48,7 +48,7 @@ def export_kernels(
             export made is replaced.
         sms: compute capabilities, for example ``(90, 120)``.
         head_dims: multiples of 8 up to 128.
-        dtypes: "bf16", "fp16", "fp32".
+        dtypes: "float32", "float16", "bfloat16".
         heads: of the contiguous kernels, which have it compiled in.
         processes: that compile at the same time.
         progress: called with (calls of ops compiled, calls in all) after each of them.
@@ -110,7 +110,7 @@ def _compile_all(jobs: Sequence[tuple[Recipe, Request]], processes: int) -> Iter
 def compile_recipe(job: tuple[Recipe, Request]) -> list[Files]:
     """Return (description, PTX, cubin) of every kernel of one recipe."""
     recipe, request = job
-    dtype = next(name for name, kind in DTYPES.items() if kind == request.dtype)
+    dtype = dtype_name(request.dtype)
     results = []
     for source, _, _ in sources_of(recipe, request):
         kernel = compile_source(source, request.sm)

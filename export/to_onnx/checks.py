@@ -9,23 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import onnx
-from onnx import TensorProto, defs, inliner, shape_inference
+from onnx import defs, inliner, shape_inference
 
 from infimm_fast.export.common.errors import InvalidGraphError, MissingKernelError, ShapeError
-from infimm_fast.export.common.spec import GraphSpec
+from infimm_fast.export.common.spec import ONNX_TYPES, GraphSpec
 
 _TABLE = Path(__file__).with_name("cuda_kernels.json")
 
 # ONNX Runtime replaces these by others before it looks for kernels; constants become initialisers.
 _REPLACED = {"CastLike": "Cast", "Constant": None}
 
-_DTYPE_NAMES = {
-    TensorProto.FLOAT: "float32",
-    TensorProto.FLOAT16: "float16",
-    TensorProto.BFLOAT16: "bfloat16",
-    TensorProto.INT64: "int64",
-    TensorProto.BOOL: "bool",
-}
+_DTYPE_NAMES = {number: name for name, number in ONNX_TYPES.items()}
 _TABLE_NAMES = {"float32": "float", "float64": "double"}
 
 

@@ -2,94 +2,82 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import resource
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
-import torch
+from torch import nn
 
-from infimm_fast.export.common.artifact import (
-    VERIFICATION,
-    Manifest,
-    Progress,
-    no_progress,
-    prepare_folder,
-    write_json,
-    write_manifest,
-    writing,
-)
-from infimm_fast.export.common.errors import ExportError, VerificationError
-from infimm_fast.export.common.graphs import graph_modules, nest_inputs
-from infimm_fast.export.common.source import (
-    as_exported,
-    cast_model,
-    checkpoint_names,
-    generation_ids,
-    load_model,
-    save_processor,
-    settle_dtype,
-    settle_limits,
-)
-from infimm_fast.export.common.spec import (
-    DTYPES,
-    GRAPHS,
-    SAMPLE_SIZES,
-    GraphSpec,
-    check_dtype,
-    check_graphs,
-    model_graphs,
-)
-from infimm_fast.export.common.verify import model_cases
+from infimm_fast.export.common.artifact import VERIFICATION, Progress, writing
+from infimm_fast.export.common.errors import ExportError
+from infimm_fast.export.common.prepared import PreparedExport, prepare_export
+from infimm_fast.export.common.source import checkpoint_names
+from infimm_fast.export.common.spec import AxisLimits, GraphSpec
 from infimm_fast.export.to_onnx.trace import TracedGraph, check_opset, trace
-from infimm_fast.export.to_onnx.verification import verify_onnx
-from infimm_fast.export.to_onnx.weights import (
-    StoredTensor,
-    index_safetensors,
-    place_weights,
-    transpose_weights,
-    weight_bytes,
-)
-from infimm_fast.models.infimm_hd.modeling_infimm_hd import InfiMMHDForConditionalGeneration
-from infimm_fast.models.infimm_hd.processing_infimm_hd import InfiMMHDProcessor
+from infimm_fast.export.to_onnx.verification import verify_folder
+from infimm_fast.export.to_onnx.weights import index_safetensors, place_weights, transpose_weights, weight_bytes
 
 logger = logging.getLogger("infimm_fast.export")
 
 
+@dataclass(frozen=True)
+class OnnxOptions:
+    """How files are written.
+
+    Attributes:
+        opset: of the files.
+        plain: standard operators only.
+        share_weights: point the graphs at the model's own files.
+
+    Raises:
+        ExportError: the opset is not one that this exporter writes.
+    """
+
+    opset: int = 23
+    plain: bool = False
+    share_weights: bool = False
+
+    def __post_init__(self) -> None:
+        check_opset(self.opset)
+
+
 def export_onnx(
-    model: InfiMMHDForConditionalGeneration | str | Path,
+    model: nn.Module | str | Path,
     out: str | Path,
     *,
     dtype: str | None = None,
     opset: int = 23,
-    graphs: tuple[str, ...] = GRAPHS,
+    graphs: tuple[str, ...] | None = None,
     plain: bool = False,
     share_weights: bool = False,
-    processor: InfiMMHDProcessor | None = None,
-    limits: Mapping[str, tuple[int, int]] | None = None,
+    processor: Any = None,
+    limits: AxisLimits | None = None,
     verify: bool = True,
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> Path:
     """Export a model to a folder that `infimm_fast.export.load` and ``infimm-fast run`` take.
 
-    The graphs' inputs and outputs are declared in `infimm_fast.export.common.spec`. The model is not changed. Its weights
-    are in memory once: shapes are traced without data, and weights are then written one at a time.
+    The graphs are declared by the model's family, those of InfiMM-HD in `infimm_fast.export.models.infimm_hd`. The model is
+    not changed. Its weights are in memory once: shapes are traced without data, and weights are then written one at a time.
 
     Args:
-        model: a model, folded or not, or the folder of one.
+        model: a model of a registered family, folded or not, or the folder of one.
         out: folder to make.
         dtype: "float32", "float16" or "bfloat16"; None for the model's own.
         opset: of the files, 23 or 24.
-        graphs: which of "vision", "cross_kv" and "decoder" to export.
+        graphs: which of the family's to export, of InfiMM-HD's "vision", "cross_kv" and "decoder"; None for all.
         plain: write standard operators only. Otherwise our attention ops are nodes of the domain ``infimm``, with bodies
             for runtimes that do not know them.
         share_weights: point the graphs at the ``.safetensors`` files of the model's folder, which must be `out`, in place of
             writing the weights again. Weights that are not there in this dtype are written.
         processor: saved with the model; None takes the one in the model's folder, if there is one.
-        limits: free axis -> (smallest, largest) size, in place of `default_limits`'s.
+        limits: free axis -> (smallest, largest) size, in place of the family's default.
         verify: check the files, run them in ONNX Runtime and compare with PyTorch; see `verify_onnx`. The result is in
             ``verification.json``.
         overwrite: replace an artifact in `out`.
@@ -103,60 +91,23 @@ def export_onnx(
         VerificationError: a graph is wrong. Everything stays in the folder, but it has no manifest.
         OSError: a file cannot be written; it is left out, and there is no manifest.
     """
-    out, progress = Path(out), progress or no_progress
-    check_opset(opset)
-    check_graphs(graphs)
-    if dtype is not None:
-        check_dtype(dtype)
-    _check_sharing(model, out, share_weights)
-    folder, model, processor = load_model(model, dtype, processor)
-    dtype = settle_dtype(model, dtype)
-    specs = {name: spec for name, spec in model_graphs(model.config, dtype).items() if name in graphs}
-    limits = settle_limits(model.config, limits)
-    prepare_folder(out, overwrite, within_checkpoint=share_weights)
-    stored = index_safetensors(folder) if share_weights and folder is not None else None
-    place = "" if share_weights else "onnx/"
-    files = {name: f"{place}{name}.onnx" for name in specs}
-    with as_exported(model):
-        modules = graph_modules(model)
-        layers = model.config.text_config.num_hidden_layers
-
-        def trace_graph(spec: GraphSpec) -> TracedGraph:
-            samples = [torch.zeros(t.sizes(SAMPLE_SIZES), dtype=t.torch_dtype) for t in spec.inputs]
-            free = [t.free_axes for t in spec.inputs]
-            nested, axes = (nest_inputs(spec.name, flat, layers) for flat in (samples, free))
-            return trace(modules[spec.name], nested, axes, spec, dtype=DTYPES[dtype], opset=opset, plain=plain)
-
-        names = write_graphs(out, specs, files, trace_graph, checkpoint_names(model), stored, progress)
-        if processor is not None:
-            names |= save_processor(processor, out)
-        if verify:
-            cast = cast_model(model, DTYPES[dtype])
-            checked = graph_modules(cast)
-            verify_folder(
-                out,
-                lambda report: verify_onnx(
-                    out, specs, files, dtype, checked.__getitem__, lambda spec: model_cases(spec, model.config), limits,
-                    progress, report,
-                ),
-            )  # fmt: skip
-            names.add(VERIFICATION)
-    manifest = Manifest(
-        kind="model",
-        target="onnx",
+    options = OnnxOptions(opset, plain, share_weights)
+    _check_sharing(model, Path(out), share_weights)
+    prepared = prepare_export(
+        model,
+        out,
         dtype=dtype,
-        graphs=specs,
-        graph_files=files,
+        graphs=graphs,
         limits=limits,
-        options={"opset": opset, "plain": plain, "share_weights": share_weights},
-        config=model.config.to_dict(),
-        generation=generation_ids(model),
-        verified=verify,
+        processor=processor,
+        overwrite=overwrite,
+        progress=progress,
+        within_checkpoint=share_weights,
     )
-    write_manifest(out, manifest, names, progress)
-    weights = sum(parameter.nbytes for parameter in model.parameters())
+    folder = write_onnx(prepared, options, verify, dataclasses.asdict(options))
+    weights = sum(parameter.nbytes for parameter in prepared.model.parameters())
     logger.info("weights %.2f GB, peak memory of the process %.2f GB", weights / 1e9, peak_memory() / 1e9)
-    return out
+    return folder
 
 
 def _check_sharing(model: Any, out: Path, share_weights: bool) -> None:
@@ -167,25 +118,53 @@ def _check_sharing(model: Any, out: Path, share_weights: bool) -> None:
         )
 
 
+def write_onnx(prepared: PreparedExport, options: OnnxOptions, verify: bool, about: dict[str, Any]) -> Path:
+    """Write the graphs of a prepared export, verify them, and write the manifest.
+
+    Args:
+        prepared: the export.
+        options: how files are written.
+        verify: see `export_onnx`.
+        about: the manifest's options.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ExportError: a graph cannot be exported.
+        VerificationError: a graph is wrong.
+        OSError: a file cannot be written.
+    """
+    place = "" if options.share_weights else "onnx/"
+    files = {name: f"{place}{name}.onnx" for name in prepared.specs}
+    with prepared.family.as_exported(prepared.model):
+        traced, names = write_graphs(prepared, options, files)
+        # Tracing has found what a single module's outputs are.
+        prepared = dataclasses.replace(prepared, specs=traced)
+        if verify:
+            verify_folder(prepared, files)
+            names.add(VERIFICATION)
+    return prepared.finish("onnx", files, names, about, verified=verify)
+
+
 def write_graphs(
-    out: Path,
-    specs: Mapping[str, GraphSpec],
-    files: Mapping[str, str],
-    trace_graph: Callable[[GraphSpec], TracedGraph],
-    checkpoint_names: Mapping[int, str],
-    stored: dict[str, StoredTensor] | None,
-    progress: Progress,
-) -> set[str]:
-    """Trace and write every graph; return the paths of all files in the folder."""
-    names: set[str] = set()
-    for name, spec in specs.items():
+    prepared: PreparedExport, options: OnnxOptions, files: Mapping[str, str]
+) -> tuple[dict[str, GraphSpec], set[str]]:
+    """Trace and write every graph; return their declarations and the paths of all files in the folder."""
+    out, progress = prepared.out, prepared.progress
+    modules = prepared.family.modules(prepared.model)
+    names_in_checkpoint = checkpoint_names(prepared.model)
+    stored = index_safetensors(prepared.folder) if options.share_weights and prepared.folder is not None else None
+    specs, names = {}, set()
+    for name, declared in prepared.specs.items():
         progress(f"export {name}", 0, 1)
-        graph = trace_graph(spec)
+        graph = _trace_graph(prepared, options, declared, modules[name])
+        specs[name] = graph.spec
         if stored is None:
             transpose_weights(graph)
         file = out / files[name]
         file.parent.mkdir(exist_ok=True)
-        rename_weights(graph, checkpoint_names)
+        rename_weights(graph, names_in_checkpoint)
         total, done = weight_bytes(graph), 0
 
         def count(size: int, name: str = name, total: int = total) -> None:
@@ -198,7 +177,13 @@ def write_graphs(
             ir.save(graph.model, partial)
         names |= {files[name], *(str((file.parent / used).relative_to(out)) for used in data)}
         progress(f"export {name}", 1, 1)
-    return names
+    return specs, names
+
+
+def _trace_graph(prepared: PreparedExport, options: OnnxOptions, spec: GraphSpec, module: nn.Module) -> TracedGraph:
+    samples = spec.nest(prepared.samples(spec))
+    axes = spec.nest([tensor.free_axes for tensor in spec.inputs])
+    return trace(module, samples, axes, spec, dtype=prepared.torch_dtype, opset=options.opset, plain=options.plain)
 
 
 def rename_weights(graph: TracedGraph, checkpoint_names: Mapping[int, str]) -> None:
@@ -211,24 +196,6 @@ def rename_weights(graph: TracedGraph, checkpoint_names: Mapping[int, str]) -> N
         value.name = wanted
         graph.model.graph.initializers[wanted] = value
         graph.weights[wanted] = graph.weights.pop(name)
-
-
-def verify_folder(out: Path, check: Callable[[dict[str, Any]], None]) -> None:
-    """Run a verification and store its report, passed or not.
-
-    Args:
-        out: the artifact.
-        check: fills the report that it is given, and raises `VerificationError` for what is wrong.
-    """
-    report: dict[str, Any] = {"passed": False}
-    try:
-        check(report)
-        report["passed"] = True
-    except VerificationError as error:
-        report["error"] = {"type": type(error).__name__, "text": str(error)}
-        raise
-    finally:
-        write_json(out / VERIFICATION, report)
 
 
 def peak_memory() -> int:

@@ -7,28 +7,19 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import onnx_ir as ir
 import torch
 from torch import nn
 
-from infimm_fast.export.common.artifact import (
-    VERIFICATION,
-    Manifest,
-    Progress,
-    no_progress,
-    prepare_folder,
-    write_manifest,
-)
+from infimm_fast.dtypes import DTYPES, dtype_name
+from infimm_fast.export.common.artifact import Progress, no_progress, prepare_folder
+from infimm_fast.export.common.cases import Case
 from infimm_fast.export.common.errors import AxisError, ExportError
-from infimm_fast.export.common.source import checkpoint_names
-from infimm_fast.export.common.spec import ALL_DTYPES, GraphSpec, TensorSpec
-from infimm_fast.export.common.verify import Case
-from infimm_fast.export.to_onnx.export import verify_folder, write_graphs
-from infimm_fast.export.to_onnx.trace import TracedGraph, check_opset, trace
-from infimm_fast.export.to_onnx.verification import verify_onnx
+from infimm_fast.export.common.family import Family
+from infimm_fast.export.common.prepared import PreparedExport
+from infimm_fast.export.common.spec import ALL_DTYPES, AxisLimits, GraphSpec, TensorSpec
+from infimm_fast.export.to_onnx.export import OnnxOptions, write_onnx
 
 GRAPH = "module"
-_DTYPES = {dtype: name for name, dtype in ALL_DTYPES.items()}
 
 
 class _Flat(nn.Module):
@@ -54,6 +45,28 @@ def _pick(result: Any, name: str, index: int) -> torch.Tensor:
     return value
 
 
+class _SingleModule(Family):
+    """The family of one module: one graph, declared by samples of its inputs."""
+
+    graphs = (GRAPH,)
+
+    def __init__(self, declared: GraphSpec, samples: Mapping[str, torch.Tensor]):
+        self._declared, self._samples = declared, samples
+
+    def specs(self, config: Any, dtype: str) -> dict[str, GraphSpec]:
+        return {GRAPH: self._declared}
+
+    def modules(self, model: nn.Module) -> dict[str, nn.Module]:
+        names = ([tensor.name for tensor in tensors] for tensors in (self._declared.inputs, self._declared.outputs))
+        return {GRAPH: _Flat(model, *names)}
+
+    def sample_sizes(self, specs: Mapping[str, GraphSpec]) -> dict[str, int]:
+        return self._declared.resolve_axes({name: tuple(tensor.shape) for name, tensor in self._samples.items()}, {})
+
+    def cases(self, spec: GraphSpec, config: Any) -> list[Case]:
+        return _cases(spec, self._samples)
+
+
 def export_module_onnx(
     module: nn.Module,
     inputs: Mapping[str, torch.Tensor],
@@ -63,7 +76,7 @@ def export_module_onnx(
     outputs: Sequence[str] = ("output",),
     opset: int = 23,
     plain: bool = False,
-    limits: Mapping[str, tuple[int, int]] | None = None,
+    limits: AxisLimits | None = None,
     verify: bool = True,
     overwrite: bool = False,
     progress: Progress | None = None,
@@ -91,77 +104,47 @@ def export_module_onnx(
         ExportError: an argument is not accepted, or the module cannot be exported.
         VerificationError: the graph is wrong. Everything stays in the folder, but it has no manifest.
     """
-    out, progress = Path(out), progress or no_progress
-    check_opset(opset)
-    dtype = _module_dtype(module)
+    options = OnnxOptions(opset, plain)
     spec = GraphSpec(
         GRAPH,
         tuple(_input_spec(name, tensor, dynamic_axes.get(name, {})) for name, tensor in inputs.items()),
         tuple(TensorSpec(name, "", ()) for name in outputs),
     )
-    prepare_folder(out, overwrite)
-    training = module.training
-    flat = _Flat(module.eval(), list(inputs), outputs)
-    samples = {name: tensor.clone() for name, tensor in inputs.items()}  # a view would fix its axes
-    traced: dict[str, GraphSpec] = {}
-
-    def trace_graph(declared: GraphSpec) -> TracedGraph:
-        # The arguments of a variadic module have one tuple of shapes.
-        axes = (tuple(tensor.free_axes for tensor in declared.inputs),)
-        graph = trace(flat, tuple(samples.values()), axes, declared, dtype=None, opset=opset, plain=plain)
-        traced[GRAPH] = GraphSpec(GRAPH, declared.inputs, tuple(_output_spec(value) for value in graph.model.graph.outputs))
-        return graph
-
-    files, limits = {GRAPH: f"onnx/{GRAPH}.onnx"}, dict(limits or {})
-    try:
-        names = write_graphs(out, {GRAPH: spec}, files, trace_graph, checkpoint_names(module), None, progress)
-        if verify:
-            cases = _cases(traced[GRAPH], samples)
-            verify_folder(
-                out,
-                lambda report: verify_onnx(
-                    out, traced, files, dtype, lambda name: flat, lambda spec: cases, limits, progress, report
-                ),
-            )
-            names.add(VERIFICATION)
-    finally:
-        module.train(training)
-    options = {"opset": opset, "plain": plain, "module": type(module).__name__}
-    manifest = Manifest("module", "onnx", dtype, traced, files, limits, options=options, verified=verify)
-    write_manifest(out, manifest, names, progress)
-    return out
+    prepared = PreparedExport(
+        family=_SingleModule(spec, inputs),
+        model=module,
+        config=None,
+        out=Path(out),
+        dtype=_module_dtype(module),
+        specs={GRAPH: spec},
+        limits=dict(limits or {}),
+        kind="module",
+        progress=progress or no_progress,
+    )
+    prepare_folder(prepared.out, overwrite)
+    return write_onnx(prepared, options, verify, {"opset": opset, "plain": plain, "module": type(module).__name__})
 
 
 def _module_dtype(module: nn.Module) -> str:
-    found = {parameter.dtype for parameter in module.parameters() if parameter.is_floating_point()}
-    if len(found) > 1 or not found <= set(_DTYPES):
-        raise ExportError(
-            f"the module has weights of {', '.join(map(str, found))}; one of float32, float16, bfloat16 is taken"
-        )
-    return _DTYPES[found.pop()] if found else "float32"
+    found = {dtype_name(parameter.dtype) for parameter in module.parameters() if parameter.is_floating_point()}
+    if len(found) > 1 or not found <= set(DTYPES):
+        raise ExportError(f"the module has weights of {', '.join(sorted(found))}; one of {', '.join(DTYPES)} is taken")
+    return found.pop() if found else "float32"
 
 
 def _input_spec(name: str, tensor: torch.Tensor, free: Mapping[int, str]) -> TensorSpec:
-    if tensor.dtype not in _DTYPES:
-        raise ExportError(f"{name} is {tensor.dtype}; accepted are {', '.join(_DTYPES.values())}")
+    dtype = dtype_name(tensor.dtype)
+    if dtype not in ALL_DTYPES:
+        raise ExportError(f"{name} is {dtype}; accepted are {', '.join(ALL_DTYPES)}")
     small = [axis for axis in free if tensor.shape[axis] < 2]
     if small:
         raise AxisError(f"axis {small[0]} of {name} is to be free, but has size {tensor.shape[small[0]]}; give at least 2")
-    return TensorSpec(name, _DTYPES[tensor.dtype], tuple(free.get(a, size) for a, size in enumerate(tensor.shape)))
-
-
-def _output_spec(value: ir.Value) -> TensorSpec:
-    """Read an output's declaration from the graph, where tracing has found its axes."""
-    from onnx_ir import tensor_adapters
-
-    assert value.shape is not None and value.dtype is not None and value.name is not None
-    sizes = tuple(size if isinstance(size, int) else str(size) for size in value.shape)
-    return TensorSpec(value.name, _DTYPES[tensor_adapters.to_torch_dtype(value.dtype)], sizes)
+    return TensorSpec(name, dtype, tuple(free.get(a, size) for a, size in enumerate(tensor.shape)))
 
 
 def _cases(spec: GraphSpec, samples: Mapping[str, torch.Tensor]) -> list[Case]:
     """Return the samples, and the samples with free first axes one longer and of size 1."""
-    cases = [Case("the sample", dict(samples), {})]
+    cases = [Case("the sample", dict(samples))]
     first = {tensor.shape[0] for tensor in spec.inputs if tensor.shape and isinstance(tensor.shape[0], str)}
     for axis, change in itertools.product(sorted(first), (1, 0)):
         resized = {}
@@ -171,5 +154,5 @@ def _cases(spec: GraphSpec, samples: Mapping[str, torch.Tensor]) -> list[Case]:
                 size = sample.shape[0] + 1 if change else 1
                 sample = sample[torch.arange(size) % sample.shape[0]].contiguous()
             resized[tensor.name] = sample
-        cases.append(Case(f"{axis} {'one longer' if change else 'of size 1'}", resized, {}))
+        cases.append(Case(f"{axis} {'one longer' if change else 'of size 1'}", resized))
     return cases

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import functools
+import inspect
 import logging
 import warnings
 from collections.abc import Iterator
@@ -18,8 +20,9 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
+from infimm_fast.dtypes import dtype_name
 from infimm_fast.export.common.errors import AxisError, ExportError
-from infimm_fast.export.common.spec import GraphSpec
+from infimm_fast.export.common.spec import GraphSpec, TensorSpec
 from infimm_fast.export.to_onnx.functions import append_bodies, translations
 from infimm_fast.kernels.common.launch import keep_operators
 
@@ -41,7 +44,7 @@ class TracedGraph:
     Attributes:
         model: the graph; initialisers that stand for a weight have no data.
         weights: initialiser name -> the module's tensor.
-        spec: names, dtypes and axes.
+        spec: names, dtypes and axes, those of outputs as tracing found them where nothing was declared.
     """
 
     model: ir.Model
@@ -118,7 +121,7 @@ def trace(
                 fake_arguments,
                 dynamo=True,
                 opset_version=opset,
-                dynamic_shapes=dynamic_shapes,
+                dynamic_shapes=_per_argument(module, dynamic_shapes),
                 custom_translation_table={} if plain else translations(opset),
                 optimize=False,
                 verbose=False,
@@ -136,7 +139,25 @@ def trace(
     if not plain:
         append_bodies(model, opset)
     used = model.graph.initializers
-    return TracedGraph(model, {name: tensor for name, tensor in weights.items() if name in used}, spec)
+    taken = {name: tensor for name, tensor in weights.items() if name in used}
+    return TracedGraph(
+        model, taken, dataclasses.replace(spec, outputs=tuple(map(_declare, spec.outputs, model.graph.outputs)))
+    )
+
+
+def _declare(tensor: TensorSpec, value: ir.Value) -> TensorSpec:
+    """Return an output's declaration; one that says nothing is read from the graph, where tracing has found its axes."""
+    if tensor.dtype:
+        return tensor
+    assert value.shape is not None and value.dtype is not None
+    sizes = tuple(size if isinstance(size, int) else str(size) for size in value.shape)
+    return TensorSpec(tensor.name, dtype_name(tensor_adapters.to_torch_dtype(value.dtype)), sizes)
+
+
+def _per_argument(module: nn.Module, shapes: tuple) -> tuple:
+    """Return the dynamic shapes as the exporter wants them: all those of a variadic argument are one tuple."""
+    kinds = [parameter.kind for parameter in inspect.signature(module.forward).parameters.values()]
+    return (shapes,) if kinds == [inspect.Parameter.VAR_POSITIONAL] else shapes
 
 
 @contextlib.contextmanager

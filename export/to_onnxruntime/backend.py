@@ -8,7 +8,6 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnxruntime as ort
 import torch
 
@@ -19,7 +18,7 @@ from infimm_fast.export.common.errors import (
     ProviderError,
     VerificationError,
 )
-from infimm_fast.export.common.spec import GraphSpec
+from infimm_fast.export.common.spec import ALL_DTYPES, ONNX_TYPES, GraphSpec
 
 PROVIDERS = {
     "cpu": "CPUExecutionProvider",
@@ -29,9 +28,6 @@ PROVIDERS = {
 }
 # The CPU provider has no convolution and no matrix product in bfloat16.
 DTYPES_OF_PROVIDER = {"cpu": ("float32", "float16")}
-
-_ONNX_TYPES = {"float32": 1, "int64": 7, "bool": 9, "float16": 10, "bfloat16": 16}
-_NUMPY_TYPES = {"float32": np.float32, "int64": np.int64, "bool": np.bool_, "float16": np.float16, "bfloat16": np.uint16}
 
 
 class OnnxRuntimeBackend:
@@ -76,12 +72,7 @@ class OnnxRuntimeBackend:
     def run(
         self, graph: str, inputs: Mapping[str, torch.Tensor | ort.OrtValue], on_host: Collection[str] = ()
     ) -> dict[str, ort.OrtValue]:
-        """Run one graph.
-
-        Args:
-            graph: its name.
-            inputs: tensors on the host, or outputs of earlier runs.
-            on_host: outputs that are copied to the host; the others stay on the device.
+        """Run one graph; see `Backend`.
 
         Raises:
             AxisError: an input does not fit the graph.
@@ -100,11 +91,11 @@ class OnnxRuntimeBackend:
 
     def zeros(self, dtype: str, shape: tuple[int, ...]) -> ort.OrtValue:
         """Return zeros of a dtype by name; bfloat16 as well, of which the host has no numbers."""
-        return _value(np.zeros(shape, _NUMPY_TYPES[dtype]), dtype)
+        return _value(torch.zeros(shape, dtype=ALL_DTYPES[dtype]), dtype)
 
     def to_tensor(self, value: ort.OrtValue) -> torch.Tensor:
         """Return an output as a tensor on the host; one in bfloat16 must be there already."""
-        if value.element_type() != _ONNX_TYPES["bfloat16"]:
+        if value.element_type() != ONNX_TYPES["bfloat16"]:
             return torch.from_numpy(value.numpy())
         assert value.device_name() == "cpu", "numpy has no bfloat16 to copy a value of the device to"
         shape = value.shape()
@@ -113,14 +104,16 @@ class OnnxRuntimeBackend:
 
     @staticmethod
     def _to_value(tensor: torch.Tensor | ort.OrtValue, dtype: str) -> ort.OrtValue:
-        return _value(tensor.contiguous().numpy(), dtype) if isinstance(tensor, torch.Tensor) else tensor
+        return _value(tensor, dtype) if isinstance(tensor, torch.Tensor) else tensor
 
 
-def _value(array: np.ndarray, dtype: str) -> ort.OrtValue:
+def _value(tensor: torch.Tensor, dtype: str) -> ort.OrtValue:
     # An empty array, as the cache of a prompt is, has no address that could be shared.
-    if array.size == 0:
-        return ort.OrtValue.ortvalue_from_shape_and_type(list(array.shape), _ONNX_TYPES[dtype], "cpu", 0)
-    return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(array, _ONNX_TYPES[dtype])
+    if tensor.numel() == 0:
+        return ort.OrtValue.ortvalue_from_shape_and_type(list(tensor.shape), ONNX_TYPES[dtype], "cpu", 0)
+    # NumPy has no bfloat16: its bits go as integers.
+    tensor = tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor
+    return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(tensor.contiguous().numpy(), ONNX_TYPES[dtype])
 
 
 def check_provider(provider: str, dtype: str) -> None:

@@ -12,7 +12,9 @@ import torch
 
 from infimm_fast.export.common.artifact import Manifest
 from infimm_fast.export.common.errors import ArtifactError, ExportError, ProviderError
-from infimm_fast.export.common.spec import ALL_DTYPES, GraphSpec
+from infimm_fast.export.common.family import family_of_manifest
+from infimm_fast.export.common.runner import TorchValues
+from infimm_fast.export.common.spec import GraphSpec
 from infimm_fast.export.to_tensorrt.build import logger_of
 from infimm_fast.export.to_tensorrt.engines import FOLDER, EngineEntry, choose_engine
 from infimm_fast.export.to_tensorrt.flavors import load_flavor, local_sm
@@ -43,7 +45,7 @@ class _Engine:
     captures: OrderedDict[Shapes, _Capture] = field(default_factory=OrderedDict)
 
 
-class TensorRTBackend:
+class TensorRTBackend(TorchValues):
     """The engines of an artifact on this machine's GPU.
 
     Args:
@@ -84,20 +86,16 @@ class TensorRTBackend:
             assert sm is not None  # there is a GPU
             runtime = self._trt.Runtime(logger_of(self._trt))
             self._engines = {}
+            fp8_graphs = family_of_manifest(manifest).fp8_graphs
             for name, spec in manifest.graphs.items():
                 sha256 = manifest.files.get(manifest.graph_files[name], {}).get("sha256")
-                wanted = precision if precision != "fp8" or name == "vision" else None
+                wanted = precision if precision != "fp8" or name in fp8_graphs else None
                 entry = choose_engine(folder, name, flavor, installed.version, sm, wanted, sha256)
                 self._engines[name] = _Engine(spec, entry, _load(runtime, self._trt, folder, entry, weight_budget))
             self._runtime = runtime  # engines are gone with it
 
     def run(self, graph: str, inputs: Mapping[str, torch.Tensor], on_host: Collection[str] = ()) -> dict[str, torch.Tensor]:
-        """Run one graph.
-
-        Args:
-            graph: its name.
-            inputs: tensors on the host, or outputs of earlier runs.
-            on_host: outputs that are copied to the host; the others stay on the device.
+        """Run one graph; see `Backend`.
 
         Raises:
             LimitError: an input does not fit the declaration, or lies outside every profile.
@@ -116,14 +114,6 @@ class TensorRTBackend:
                 outputs = self._replay_or_run(loaded, profile, shapes, ready)
             torch.cuda.current_stream().wait_stream(self._stream)
         return {name: value.to("cpu") if name in on_host else value for name, value in outputs.items()}
-
-    def zeros(self, dtype: str, shape: tuple[int, ...]) -> torch.Tensor:
-        """Return zeros on the device."""
-        return torch.zeros(shape, dtype=ALL_DTYPES[dtype], device=self.device)
-
-    def to_tensor(self, value: torch.Tensor) -> torch.Tensor:
-        """Return a value as a tensor on the host."""
-        return value.to("cpu")
 
     def _replay_or_run(
         self, loaded: _Engine, profile: int, shapes: Shapes, inputs: dict[str, torch.Tensor]

@@ -14,6 +14,7 @@ from infimm_fast.export.common.artifact import Progress, no_progress, writing
 from infimm_fast.export.common.errors import ExportError, InvalidGraphError
 from infimm_fast.export.common.spec import GraphSpec
 from infimm_fast.export.to_tensorrt.flavors import Flavor
+from infimm_fast.export.to_tensorrt.prepare import attention_nodes
 from infimm_fast.export.to_tensorrt.profiles import Profile
 from infimm_fast.export.to_tensorrt.report import EngineReport, report_from_inspector, report_from_log, unknown_report
 
@@ -41,6 +42,30 @@ class BuildOptions:
     workspace_bytes: int | None = None
     timing_cache: Path | None = None
     cancelled: Callable[[], bool] = field(default=lambda: False)
+
+    def recorded(self) -> dict[str, Any]:
+        """Return what an engine's entry says of them."""
+        names = ("weight_streaming", "refit", "optimization_level", "workspace_bytes")
+        return {name: getattr(self, name) for name in names}
+
+
+@dataclass(frozen=True)
+class EngineGraph:
+    """One graph, ready to be built.
+
+    Attributes:
+        spec: its declaration.
+        model: the prepared graph, without its weights' values.
+        file: the graph's file; external weights lie beside it.
+        profiles: shapes that the engine takes.
+        precision: "float32", "float16", "bfloat16" or "fp8".
+    """
+
+    spec: GraphSpec
+    model: onnx.ModelProto
+    file: Path
+    profiles: tuple[Profile, ...]
+    precision: str
 
 
 @dataclass(frozen=True)
@@ -103,27 +128,15 @@ def make_monitor(trt: Any, graph: str, progress: Progress, cancelled: Callable[[
 
 
 def build_engine(
-    flavor: Flavor,
-    spec: GraphSpec,
-    model: onnx.ModelProto,
-    file: Path,
-    profiles: Iterable[Profile],
-    sms: Sequence[int],
-    options: BuildOptions,
-    attention_nodes: Mapping[str, bool],
-    progress: Progress = no_progress,
+    flavor: Flavor, graph: EngineGraph, sms: Sequence[int], options: BuildOptions, progress: Progress = no_progress
 ) -> BuiltEngine:
     """Build one engine.
 
     Args:
         flavor: the TensorRT.
-        spec: the graph's declaration.
-        model: the prepared graph, without its weights' values.
-        file: the graph's file; external weights lie beside it.
-        profiles: shapes that the engine takes.
+        graph: what it is built of.
         sms: compute capabilities of the targets.
         options: see `BuildOptions`.
-        attention_nodes: attention node -> whether a plugin runs it, for the report.
         progress: told about phases of the build.
 
     Raises:
@@ -131,18 +144,19 @@ def build_engine(
         BuildCancelledError: `options.cancelled` said so.
         ExportError: the build failed; TensorRT's own words are in the message.
     """
+    spec, attention = graph.spec, attention_nodes(graph.model)
     trt = flavor.trt
     logger = logger_of(trt)
     logger.forget()
     builder = trt.Builder(logger)
-    network = builder.create_network(flavor.network_flags(plugins=any(attention_nodes.values())))
+    network = builder.create_network(flavor.network_flags(plugins=any(attention.values())))
     parser = trt.OnnxParser(network, logger)
-    if not parser.parse(model.SerializeToString(), str(file)):
+    if not parser.parse(graph.model.SerializeToString(), str(graph.file)):
         raise InvalidGraphError(f"TensorRT's parser refuses the {spec.name} graph: {_parser_errors(parser, logger)}")
     config = builder.create_builder_config()
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
     flavor.set_targets(config, sms)
-    _add_profiles(builder, config, spec, profiles)
+    _add_profiles(builder, config, spec, graph.profiles)
     _set_options(trt, config, options)
     cache = TimingCache(flavor, config, options.timing_cache)
     monitor = make_monitor(trt, spec.name, progress, options.cancelled)
@@ -155,7 +169,7 @@ def build_engine(
     cache.write()
     # A view: an engine holds all weights, and a copy would double them.
     engine = memoryview(serialized)
-    return BuiltEngine(engine, _report(flavor, logger, engine, attention_nodes))
+    return BuiltEngine(engine, _report(flavor, logger, engine, attention))
 
 
 def _parser_errors(parser: Any, logger: Any) -> str:

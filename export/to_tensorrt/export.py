@@ -2,51 +2,66 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import onnx
+from torch import nn
 
+from infimm_fast.dtypes import DTYPES
 from infimm_fast.export.common.artifact import MANIFEST, Manifest, Progress, load_manifest, no_progress, write_json, writing
 from infimm_fast.export.common.errors import ArtifactError, ExportError
-from infimm_fast.export.common.spec import DTYPES
-from infimm_fast.export.to_tensorrt.build import BuildOptions, BuiltEngine, build_engine
+from infimm_fast.export.common.family import Family, family_of_manifest
+from infimm_fast.export.to_tensorrt.build import BuildOptions, BuiltEngine, EngineGraph, build_engine
 from infimm_fast.export.to_tensorrt.engines import FOLDER, EngineEntry, write_index
 from infimm_fast.export.to_tensorrt.flavors import Flavor, load_flavor
 from infimm_fast.export.to_tensorrt.fp8 import linear_layers, quantize_graph
 from infimm_fast.export.to_tensorrt.lint import check_graph
-from infimm_fast.export.to_tensorrt.prepare import PLUGIN_OPS, attention_nodes, prepare_graph
+from infimm_fast.export.to_tensorrt.prepare import PLUGIN_OPS, prepare_graph
 from infimm_fast.export.to_tensorrt.profiles import Limits, Profile, profiles_of, resolve_profiles
-from infimm_fast.models.infimm_hd.configuration_infimm_hd import InfiMMHDConfig
-
-if TYPE_CHECKING:
-    from infimm_fast.models.infimm_hd.modeling_infimm_hd import InfiMMHDForConditionalGeneration
-
-# The graphs whose linear layers run in FP8; the others are built in the artifact's own dtype.
-FP8_GRAPHS = ("vision",)
 
 
 @dataclass(frozen=True)
-class Prepared:
-    """One graph, ready to be built."""
+class EngineJob:
+    """Engines that are to be built: of what, for what, and how.
 
-    name: str
-    model: onnx.ModelProto
-    file: Path
-    profiles: tuple[Profile, ...]
-    precision: str
+    Attributes:
+        folder: the artifact.
+        manifest: its manifest.
+        flavor: the TensorRT.
+        sms: compute capabilities of the targets.
+        precision: that was asked for; None for the artifact's own.
+        plugins: our kernels in place of TensorRT's attention.
+        activations: for FP8, value of a graph -> largest magnitude.
+        options: of the builder.
+    """
+
+    folder: Path
+    manifest: Manifest
+    flavor: Flavor
+    sms: tuple[int, ...]
+    precision: str | None
+    plugins: bool
+    activations: Mapping[str, float] | None
+    options: BuildOptions
+
+    @property
+    def family(self) -> Family:
+        """The model's family."""
+        return family_of_manifest(self.manifest)
 
 
 def export_tensorrt(
-    source: InfiMMHDForConditionalGeneration | str | Path,
+    source: nn.Module | str | Path,
     out: str | Path | None = None,
     *,
     flavor: str = "tensorrt",
     precision: str | None = None,
-    profiles: str | Iterable[Limits] = "chat",
+    profiles: str | Iterable[Limits | Profile] = "chat",
     sms: Sequence[int] | None = None,
     graphs: Sequence[str] | None = None,
     plugins: bool = False,
@@ -71,7 +86,7 @@ def export_tensorrt(
         precision: "float32", "float16", "bfloat16", which must be the artifact's own since networks are strongly typed; or
             "fp8" for the linear layers of the tower in FP8 and everything else in the artifact's 16 bits. None is the
             artifact's own.
-        profiles: the name of a preset, or `Limits`.
+        profiles: the name of a preset, `Limits` of conversations, or a `Profile` with ranges of the graphs' axes by name.
         sms: compute capabilities to build for, 89 for 8.9. TensorRT builds for this machine's GPU only, and None means that;
             TensorRT-RTX builds one engine for all that are named, without a GPU.
         graphs: which graphs; None for all.
@@ -98,39 +113,26 @@ def export_tensorrt(
     installed = load_flavor(flavor)
     targets = installed.target_sms(sms)
     folder, manifest = _artifact(source, out, precision, progress)
-    names = _check(installed, manifest, precision, graphs, plugins, activations)
-    limits = resolve_profiles(profiles)
-    prepared = [_prepare(folder, manifest, name, precision, limits, plugins, activations) for name in names]
-    options = {
-        "weight_streaming": weight_streaming,
-        "refit": refit,
-        "optimization_level": optimization_level,
-        "workspace_bytes": workspace_bytes,
-    }
-    (folder / FOLDER).mkdir(exist_ok=True)
     name = f"timing.{flavor}-{installed.version}.sm{targets[0]}.cache"
     cache = Path(timing_cache) if timing_cache else folder / FOLDER / name
-    settings = BuildOptions(**options, timing_cache=cache, cancelled=cancelled)  # type: ignore[arg-type]
-    if plugins:
+    options = BuildOptions(weight_streaming, refit, optimization_level, workspace_bytes, cache, cancelled)
+    job = EngineJob(folder, manifest, installed, targets, precision, plugins, activations, options)
+    names, wanted = _check(job, graphs), resolve_profiles(profiles)
+    return _build(job, [_prepare(job, name, wanted) for name in names], progress)
+
+
+def _build(job: EngineJob, graphs: Iterable[EngineGraph], progress: Progress) -> list[EngineEntry]:
+    """Build, store and index one engine after the other."""
+    (job.folder / FOLDER).mkdir(exist_ok=True)
+    if job.plugins:
         from infimm_fast.export.to_tensorrt.plugins import register_plugins
 
-        register_plugins(installed, targets[0])
+        register_plugins(job.flavor, job.sms[0])
     entries = []
-    for graph in prepared:
-        nodes = attention_nodes(graph.model)
-        built = build_engine(
-            installed,
-            manifest.graphs[graph.name],
-            graph.model,
-            graph.file,
-            graph.profiles,
-            targets,
-            settings,
-            nodes,
-            progress,
-        )
-        entries.append(_store(folder, manifest, graph, built, installed, targets, plugins, options))
-        write_index(folder, entries[-1:])
+    for graph in graphs:
+        built = build_engine(job.flavor, graph, job.sms, job.options, progress)
+        entries.append(_store(job, graph, built))
+        write_index(job.folder, entries[-1:])
     return entries
 
 
@@ -154,15 +156,9 @@ def _artifact(source: Any, out: str | Path | None, precision: str | None, progre
     return folder, manifest
 
 
-def _check(
-    flavor: Flavor,
-    manifest: Manifest,
-    precision: str | None,
-    graphs: Sequence[str] | None,
-    plugins: bool,
-    activations: Mapping[str, float] | None,
-) -> tuple[str, ...]:
+def _check(job: EngineJob, graphs: Sequence[str] | None) -> tuple[str, ...]:
     """Check the arguments against the artifact; return the graphs' names."""
+    manifest, precision, fp8_graphs = job.manifest, job.precision, job.family.fp8_graphs
     names = tuple(graphs) if graphs is not None else tuple(manifest.graphs)
     missing = [name for name in names if name not in manifest.graphs]
     if missing or not names:
@@ -170,66 +166,53 @@ def _check(
     if precision == "fp8":
         if manifest.dtype == "float32":
             raise ExportError("precision='fp8' needs an artifact in float16 or bfloat16; this one is float32")
-        if activations is None:
+        if job.activations is None:
             raise ExportError("precision='fp8' needs activations; measure them with measure_vision_activations")
-        if not set(FP8_GRAPHS) & set(names):
-            raise ExportError(f"precision='fp8' applies to {', '.join(FP8_GRAPHS)}, which is not among graphs={list(names)}")
+        if not set(fp8_graphs) & set(names):
+            accepted = ", ".join(fp8_graphs) or "no graph of this family"
+            raise ExportError(f"precision='fp8' applies to {accepted}, which is not among graphs={list(names)}")
     elif precision not in (None, manifest.dtype):
         raise ExportError(
             f"precision={precision!r} is not accepted: networks are strongly typed and the artifact is {manifest.dtype}; "
             "export it to ONNX in the dtype that you want"
         )
-    if plugins and flavor.name == "rtx":
+    if job.plugins and job.flavor.name == "rtx":
         raise ExportError("TensorRT-RTX builds no engines with Python ahead-of-time plugins; use flavor='tensorrt'")
     return names
 
 
-def _prepare(
-    folder: Path,
-    manifest: Manifest,
-    name: str,
-    precision: str | None,
-    limits: Iterable[Limits],
-    plugins: bool,
-    activations: Mapping[str, float] | None,
-) -> Prepared:
-    file = folder / manifest.graph_files[name]
-    ops = PLUGIN_OPS if plugins else ()
+def _prepare(job: EngineJob, name: str, profiles: Iterable[Limits | Profile]) -> EngineGraph:
+    manifest, family = job.manifest, job.family
+    file = job.folder / manifest.graph_files[name]
+    ops = PLUGIN_OPS if job.plugins else ()
     model = prepare_graph(onnx.load(file, load_external_data=False), ops)
     used = manifest.dtype
-    if precision == "fp8" and name in FP8_GRAPHS:
-        assert activations is not None  # checked with the arguments
-        if not quantize_graph(model, file.parent, activations):
+    if job.precision == "fp8" and name in family.fp8_graphs:
+        assert job.activations is not None  # checked with the arguments
+        if not quantize_graph(model, file.parent, job.activations):
             raise ExportError(f"activations name no input of a linear layer of the {name} graph")
         used = "fp8"
     check_graph(name, model, ops)
-    tokens = InfiMMHDConfig.from_dict(manifest.config).visual_tokens_per_tile
-    return Prepared(name, model, file, profiles_of(manifest.graphs[name], limits, tokens, manifest.limits), used)
+    spec = manifest.graphs[name]
+    ranges = functools.partial(family.axis_ranges, family.config_from_json(manifest.config))
+    return EngineGraph(spec, model, file, profiles_of(spec, profiles, ranges, manifest.limits), used)
 
 
-def _store(
-    folder: Path,
-    manifest: Manifest,
-    graph: Prepared,
-    built: BuiltEngine,
-    flavor: Flavor,
-    sms: tuple[int, ...],
-    plugins: bool,
-    options: dict[str, Any],
-) -> EngineEntry:
+def _store(job: EngineJob, graph: EngineGraph, built: BuiltEngine) -> EngineEntry:
     """Write an engine and its report."""
+    name, folder = graph.spec.name, job.folder
     entry = EngineEntry(
-        graph=graph.name,
-        flavor=flavor.name,
-        version=flavor.version,
-        sms=sms,
+        graph=name,
+        flavor=job.flavor.name,
+        version=job.flavor.version,
+        sms=job.sms,
         precision=graph.precision,
-        plugins=plugins,
+        plugins=job.plugins,
         profiles=graph.profiles,
-        options=options,
+        options=job.options.recorded(),
         bytes=built.engine.nbytes,
         sha256=hashlib.sha256(built.engine).hexdigest(),
-        graph_sha256=manifest.files[manifest.graph_files[graph.name]]["sha256"],
+        graph_sha256=job.manifest.files[job.manifest.graph_files[name]]["sha256"],
         decomposed=built.report.decomposed,
     )
     with writing(folder / FOLDER / entry.file) as partial:

@@ -18,10 +18,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from infimm_fast.dtypes import DTYPES
 from infimm_fast.export.common.artifact import load_manifest, package_versions, write_json
 from infimm_fast.export.common.errors import ArtifactError, ExportError
-from infimm_fast.export.common.graphs import graph_modules
-from infimm_fast.export.common.spec import DTYPES
+from infimm_fast.export.models.infimm_hd_graphs import graph_modules
 from infimm_fast.kernels.common.configs import ARCHITECTURES
 from infimm_fast.kernels.common.launch import TRITON_INSTALLED
 from infimm_fast.models.infimm_hd.modeling_infimm_hd import InfiMMHDForConditionalGeneration

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from infimm_fast.export.common.errors import LimitError
-from infimm_fast.export.common.spec import VISUAL_MULTIPLE, GraphSpec, padded_visual_length
+from infimm_fast.export.common.spec import AxisLimits, GraphSpec
 
 Range = tuple[int, int, int]
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Smallest, usual and largest sizes; TensorRT tunes for the usual ones.
+    """Smallest, usual and largest sizes of conversations about pictures; TensorRT tunes for the usual ones.
+
+    What they mean for the axes of a model's graphs is up to its family. `Profile` names the axes themselves.
 
     Attributes:
         name: of the profile.
@@ -37,18 +39,29 @@ class Limits:
             if not 0 <= low <= usual <= high or (low == 0 and field in ("tiles", "batch", "text")):
                 raise LimitError(f"profile {self.name}: {field}={low},{usual},{high} must be ordered and positive")
 
-    def ranges(self, tokens_per_tile: int) -> dict[str, Range]:
-        """Return the range of every free axis of `infimm_fast.export.common.spec`."""
-        total = tuple(self.text[i] + self.past[i] for i in range(3))
-        visual = tuple(max(VISUAL_MULTIPLE, padded_visual_length(tiles * tokens_per_tile)) for tiles in self.pictures)
+
+@dataclass(frozen=True)
+class Profile:
+    """One optimisation profile of one graph.
+
+    Attributes:
+        name: of the profile.
+        axes: free axis -> (smallest, usual, largest) size.
+    """
+
+    name: str
+    axes: dict[str, Range]
+
+    def shapes(self, spec: GraphSpec) -> dict[str, tuple[tuple[int, ...], ...]]:
+        """Return input -> its smallest, usual and largest shape."""
         return {
-            "num_tiles": self.tiles,
-            "batch_size": self.batch,
-            "sequence_length": self.text,
-            "past_sequence_length": self.past,
-            "total_sequence_length": (total[0], total[1], total[2]),
-            "visual_length": (1 if self.pictures[0] == 0 else visual[0], visual[1], visual[2]),
+            tensor.name: tuple(tensor.sizes({axis: sizes[i] for axis, sizes in self.axes.items()}) for i in range(3))
+            for tensor in spec.inputs
         }
+
+    def holds(self, sizes: Mapping[str, int]) -> bool:
+        """Return whether free axes of these sizes lie in the profile."""
+        return all(self.axes[axis][0] <= size <= self.axes[axis][2] for axis, size in sizes.items())
 
 
 # A prompt and a step of generation are tuned apart: one reads a few hundred tokens at once, the other reads one.
@@ -68,7 +81,7 @@ PRESETS: dict[str, tuple[Limits, ...]] = {
 }
 
 
-def resolve_profiles(profiles: str | Iterable[Limits]) -> tuple[Limits, ...]:
+def resolve_profiles(profiles: str | Iterable[Limits | Profile]) -> tuple[Limits | Profile, ...]:
     """Return profiles by the name of a preset, or those given.
 
     Raises:
@@ -80,54 +93,32 @@ def resolve_profiles(profiles: str | Iterable[Limits]) -> tuple[Limits, ...]:
         return PRESETS[profiles]
     resolved = tuple(profiles)
     if not resolved:
-        raise LimitError("profiles is empty; give a preset or at least one Limits")
+        raise LimitError("profiles is empty; give a preset or at least one Limits or Profile")
     return resolved
 
 
-@dataclass(frozen=True)
-class Profile:
-    """One optimisation profile of one graph.
-
-    Attributes:
-        name: of the limits it was made of.
-        axes: free axis -> (smallest, usual, largest) size.
-    """
-
-    name: str
-    axes: dict[str, Range]
-
-    def shapes(self, spec: GraphSpec) -> dict[str, tuple[tuple[int, ...], ...]]:
-        """Return input -> its smallest, usual and largest shape."""
-        return {
-            tensor.name: tuple(tensor.sizes({axis: sizes[i] for axis, sizes in self.axes.items()}) for i in range(3))
-            for tensor in spec.inputs
-        }
-
-    def holds(self, sizes: Mapping[str, int]) -> bool:
-        """Return whether free axes of these sizes lie in the profile."""
-        return all(self.axes[axis][0] <= size <= self.axes[axis][2] for axis, size in sizes.items())
-
-
 def profiles_of(
-    spec: GraphSpec, limits: Iterable[Limits], tokens_per_tile: int, declared: Mapping[str, tuple[int, int]]
+    spec: GraphSpec, profiles: Iterable[Limits | Profile], ranges: Callable[[Limits], dict[str, Range]], declared: AxisLimits
 ) -> tuple[Profile, ...]:
     """Return the profiles of one graph: those of its own axes, without repetitions, cut to what the artifact declares.
 
     Args:
         spec: the graph.
-        limits: of the model.
-        tokens_per_tile: visual tokens of one tile.
+        profiles: of the model.
+        ranges: of every free axis, for limits; see `Family.axis_ranges`.
         declared: free axis -> (smallest, largest) size of the artifact.
 
     Raises:
-        LimitError: a profile lies outside what the artifact declares.
+        LimitError: a profile lies outside what the artifact declares, or does not know an axis of the graph.
     """
-    own = {axis for tensor in spec.inputs for axis in tensor.free_axes.values()}
     found: dict[tuple, Profile] = {}
-    for limit in limits:
-        ranges = limit.ranges(tokens_per_tile)
-        axes = {axis: _cut(limit.name, axis, ranges[axis], declared.get(axis)) for axis in sorted(own)}
-        found.setdefault(tuple(axes.items()), Profile(limit.name, axes))
+    for profile in profiles:
+        known = profile.axes if isinstance(profile, Profile) else ranges(profile)
+        missing = [axis for axis in spec.free_axes if axis not in known]
+        if missing:
+            raise LimitError(f"profile {profile.name} says nothing of {', '.join(missing)}, which the {spec.name} graph has")
+        axes = {axis: _cut(profile.name, axis, known[axis], declared.get(axis)) for axis in spec.free_axes}
+        found.setdefault(tuple(axes.items()), Profile(profile.name, axes))
     return tuple(found.values())
 
 

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +13,7 @@ from rich.table import Table
 from transformers import BatchFeature
 
 from infimm_fast.cli.doctor import FUSED, backends
+from infimm_fast.cli.stages import StageResults, median_seconds, now
 from infimm_fast.cli.tiles import draw_tiles
 from infimm_fast.errors import CheckpointError, ConfigurationError
 from infimm_fast.images import load_image
@@ -31,25 +30,11 @@ STAGES = ("tiling", "vision", "K/V projection", "prefill", "per token")
 _LIMITS = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
 
-@dataclass
-class StageResults:
-    """What one backend computed, and how long it took.
-
-    Attributes:
-        tensors: result of each compared stage.
-        seconds: median time of each stage.
-        tokens: ids of the greedy answer.
-    """
-
-    tensors: dict[str, torch.Tensor] = field(default_factory=dict)
-    seconds: dict[str, float] = field(default_factory=dict)
-    tokens: list[int] = field(default_factory=list)
-
-
 def run_demo(
     console: Console,
     image_file: Path,
     prompt: str,
+    *,
     checkpoint: Path | None,
     preset: str,
     output: Path,
@@ -177,7 +162,7 @@ def _run_stages(
     for _ in range(max_new_tokens):
         token = logits[:, -1].argmax(-1, keepdim=True)
         results.tokens.append(int(token))
-        started = _now(device)
+        started = now(device)
         step = model(
             input_ids=token,
             past_key_values=prefill.past_key_values,
@@ -186,27 +171,11 @@ def _run_stages(
             use_cache=True,
         )
         logits = step.logits
-        seconds.append(_now(device) - started)
+        seconds.append(now(device) - started)
         step_logits.append(logits)
     results.seconds["per token"] = statistics.median(seconds)
     results.tensors["per token"] = torch.cat(step_logits, dim=1)
     return results
-
-
-def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
-
-
-def median_seconds(run: Callable[[], Any], repeats: int, device: torch.device) -> float:
-    """Return the median time of some runs, the device's work included."""
-    seconds = []
-    for _ in range(repeats):
-        started = _now(device)
-        run()
-        seconds.append(_now(device) - started)
-    return statistics.median(seconds)
 
 
 def _print_parity(console: Console, results: dict[str, StageResults], dtype: torch.dtype) -> bool:

@@ -10,10 +10,10 @@ import torch
 from rich.console import Console
 from transformers import BatchFeature
 
-from infimm_fast.cli.demo import StageResults, median_seconds
 from infimm_fast.cli.export import progress_bars
-from infimm_fast.export import ExportedModel, export_onnx, load
-from infimm_fast.export.common.runner import Decoding
+from infimm_fast.cli.stages import StageResults, median_seconds
+from infimm_fast.export import export_onnx, load
+from infimm_fast.export.models.infimm_hd_runner import Decoding, ExportedInfiMMHD
 from infimm_fast.models.infimm_hd.modeling_infimm_hd import InfiMMHDForConditionalGeneration
 from infimm_fast.models.infimm_hd.position_embedding import encode_places
 from infimm_fast.models.infimm_hd.processing_infimm_hd import InfiMMHDProcessor
@@ -38,27 +38,24 @@ def run_exported(
     with progress_bars(console) as progress:
         export_onnx(model, folder, processor=processor, verify=False, overwrite=True, progress=progress)
     exported = load(folder, provider, device_id=device.index or 0, threads=torch.get_num_threads())
-    assert isinstance(exported, ExportedModel)
+    assert isinstance(exported, ExportedInfiMMHD)
     with console.status("running onnxruntime ..."):
         return _run_stages(exported, inputs.to("cpu"), max_new_tokens, repeats, device)
 
 
 def _run_stages(
-    exported: ExportedModel, inputs: BatchFeature, max_new_tokens: int, repeats: int, device: torch.device
+    exported: ExportedInfiMMHD, inputs: BatchFeature, max_new_tokens: int, repeats: int, device: torch.device
 ) -> StageResults:
-    results, backend, config = StageResults(), exported.backend, exported.config
+    results, config = StageResults(), exported.config
     tiles = {
         "pixel_values": inputs["pixel_values"].float(),
         "tile_positions": encode_places(tile_places(inputs["image_grids"].tolist(), config.always_thumbnail)),
     }
-    vision = backend.run("vision", tiles)
-    results.seconds["vision"] = median_seconds(lambda: backend.run("vision", tiles), repeats, device)
-    results.seconds["K/V projection"] = median_seconds(lambda: backend.run("cross_kv", vision), repeats, device)
-    on_host = backend.run("vision", tiles, ("image_features",))
-    features = backend.to_tensor(on_host["image_features"]).flatten(0, 1)
-    names = [tensor.name for tensor in exported.manifest.graphs["cross_kv"].outputs]
-    key_values = backend.run("cross_kv", vision, names)
-    parts = torch.stack([backend.to_tensor(key_values[name])[: len(features)] for name in names])
+    vision = exported.run("vision", tiles)
+    results.seconds["vision"] = median_seconds(lambda: exported.run("vision", tiles), repeats, device)
+    results.seconds["K/V projection"] = median_seconds(lambda: exported.run("cross_kv", vision), repeats, device)
+    features = exported.compute("vision", **tiles)["image_features"].flatten(0, 1)
+    parts = torch.stack([part[: len(features)] for part in exported.compute("cross_kv", **vision).values()])
     encoded = exported.encode_tiles(*(inputs[name] for name in ("pixel_values", "image_grids", "image_counts")))
 
     def prefill() -> tuple[Decoding, torch.Tensor]:

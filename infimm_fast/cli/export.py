@@ -6,17 +6,19 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
 from rich.logging import RichHandler
 from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
+from infimm_fast.dtypes import DTYPES
 from infimm_fast.errors import ConfigurationError
 from infimm_fast.export import export_onnx, verify_files
 from infimm_fast.export.common.artifact import Progress as Report
-from infimm_fast.export.common.source import load_model, load_processor
-from infimm_fast.export.common.spec import DTYPES, check_dtype
+from infimm_fast.export.common.family import family_of
+from infimm_fast.export.common.spec import check_dtype
 from infimm_fast.models.infimm_hd.modeling_infimm_hd import InfiMMHDForConditionalGeneration
 from infimm_fast.models.infimm_hd.presets import PRESETS
 from infimm_fast.models.infimm_hd.presets import preset as make_preset
@@ -43,34 +45,28 @@ def run_export_onnx(
     console: Console,
     model: str,
     out: Path,
+    *,
     dtype: str | None,
-    opset: int,
-    graphs: list[str],
-    plain: bool,
     fold: bool,
-    share_weights: bool,
     verify: bool,
-    overwrite: bool,
+    share_weights: bool,
+    **options: Any,
 ) -> None:
-    """Export with progress bars; see `infimm_fast.export.export_onnx` for what can be refused."""
+    """Export with progress bars; see `infimm_fast.export.export_onnx` for the options and for what can be refused."""
     _log_to(console)
     source, processor = _source(console, model, dtype)
     if fold:
-        processor = processor or load_processor(Path(model))
-        source = _folded(source, dtype, share_weights)
+        source, processor = _folded(source, processor, dtype, share_weights)
     with progress_bars(console) as progress:
         export_onnx(
             source,
             out,
             dtype=dtype,
-            opset=opset,
-            graphs=tuple(graphs),
-            plain=plain,
             share_weights=share_weights,
             processor=processor,
             verify=verify,
-            overwrite=overwrite,
             progress=progress,
+            **options,
         )
     console.print(f"Wrote {out}{'' if verify else ', not verified'}", highlight=False)
 
@@ -108,15 +104,17 @@ def _source(
     return model.eval(), processor
 
 
-def _folded(
-    source: InfiMMHDForConditionalGeneration | Path, dtype: str | None, share_weights: bool
-) -> InfiMMHDForConditionalGeneration:
+def _folded(source: Any, processor: Any, dtype: str | None, share_weights: bool) -> tuple[Any, Any]:
+    """Return a model with its gates folded, and its processor."""
     from infimm_fast.integrations.optimization import optimize
 
     if share_weights:
         raise ConfigurationError("--fold makes new weights, and --share-weights points at the old ones; give one of them")
     if dtype is not None:
         check_dtype(dtype)
-    _, model, _ = load_model(source, dtype, None)
-    optimize(model.requires_grad_(False), fold=True)
-    return model
+    if isinstance(source, Path):
+        family = family_of(source)
+        processor = family.load_processor(source)
+        source = family.load_model(source, None if dtype is None else DTYPES[dtype])
+    optimize(source.requires_grad_(False), fold=True)
+    return source, processor

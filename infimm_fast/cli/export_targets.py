@@ -10,18 +10,23 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+Errors = Callable[[], AbstractContextManager[None]]
 
-def register_commands(
-    app: typer.Typer, console: Console, one_line_errors: Callable[[], AbstractContextManager[None]]
-) -> None:
+
+def register_commands(app: typer.Typer, console: Console, one_line_errors: Errors) -> None:
     """Add the commands to ``infimm-fast export``."""
+    _register_kernels(app, console, one_line_errors)
+    _register_tensorrt(app, console, one_line_errors)
+    _register_aoti(app, console, one_line_errors)
 
+
+def _register_kernels(app: typer.Typer, console: Console, one_line_errors: Errors) -> None:
     @app.command("kernels")
     def export_kernels_command(
         out: Annotated[Path, typer.Argument(help="Folder to make.")],
         sm: Annotated[list[int], typer.Option(help="Compute capability, 90 for a Hopper; repeatable.")],
         head_dim: Annotated[list[int] | None, typer.Option(help="64 and 112 without it; repeatable.")] = None,
-        dtype: Annotated[list[str] | None, typer.Option(help="bf16, fp16, fp32; repeatable.")] = None,
+        dtype: Annotated[list[str] | None, typer.Option(help="float32, float16, bfloat16; repeatable.")] = None,
         heads: Annotated[int, typer.Option(help="Of the contiguous kernels, which have it compiled in.")] = 16,
         processes: Annotated[int, typer.Option(min=1, help="That compile at the same time.")] = 2,
     ) -> None:
@@ -35,13 +40,15 @@ def register_commands(
                     out,
                     sm,
                     head_dims=head_dim or (64, 112),
-                    dtypes=dtype or ("bf16", "fp16"),
+                    dtypes=dtype or ("bfloat16", "float16"),
                     heads=heads,
                     processes=processes,
                     progress=lambda done, total: progress("compile", done, total),
                 )
             console.print(f"Wrote {folder}", highlight=False)
 
+
+def _register_tensorrt(app: typer.Typer, console: Console, one_line_errors: Errors) -> None:
     @app.command("tensorrt")
     def export_tensorrt_command(
         folder: Annotated[Path, typer.Argument(help="An ONNX artifact, which gets the engines; or the folder of a model.")],
@@ -86,6 +93,8 @@ def register_commands(
                     table = read_report(out or folder, entry).table()
                     console.print(table, highlight=False, markup=False, soft_wrap=True)
 
+
+def _register_aoti(app: typer.Typer, console: Console, one_line_errors: Errors) -> None:
     @app.command("aoti")
     def export_aoti_command(
         model: Annotated[Path, typer.Argument(help="Folder of a model.")],
@@ -99,7 +108,6 @@ def register_commands(
         with one_line_errors():
             from infimm_fast.cli.export import progress_bars
             from infimm_fast.export import export_aoti
-            from infimm_fast.export.common.spec import GRAPHS
 
             with progress_bars(console) as progress:
                 folder = export_aoti(
@@ -107,7 +115,7 @@ def register_commands(
                     out,
                     dtype=dtype,
                     device=device,
-                    graphs=tuple(graph or GRAPHS),
+                    graphs=tuple(graph) if graph else None,
                     overwrite=overwrite,
                     progress=progress,
                 )

@@ -10,17 +10,24 @@ from typing import TYPE_CHECKING, Any
 
 # Public name -> module that defines it.
 _PUBLIC = {
+    "Case": "common.cases",
     "ExportError": "common.errors",
     "ExportedModel": "common.runner",
-    "ExportedModule": "loading",
+    "ExportedModule": "common.runner",
+    "Family": "common.family",
+    "GraphSpec": "common.spec",
+    "Opening": "runtime.providers",
+    "TensorSpec": "common.spec",
     "VerificationError": "common.errors",
     "export_aoti": "to_aoti.export",
     "export_kernels": "to_kernels.export",
     "export_module_onnx": "to_onnx.module",
     "export_onnx": "to_onnx.export",
     "export_tensorrt": "to_tensorrt.export",
-    "load": "loading",
+    "load": "runtime.loading",
     "measure_vision_activations": "to_tensorrt.export",
+    "register_family": "common.family",
+    "register_provider": "runtime.providers",
     "verify_files": "common.artifact",
 }
 
@@ -31,11 +38,18 @@ __all__ = sorted(_PUBLIC)
 
 if TYPE_CHECKING:
     from infimm_fast.export.common.artifact import verify_files as verify_files
+    from infimm_fast.export.common.cases import Case as Case
     from infimm_fast.export.common.errors import ExportError as ExportError
     from infimm_fast.export.common.errors import VerificationError as VerificationError
+    from infimm_fast.export.common.family import Family as Family
+    from infimm_fast.export.common.family import register_family as register_family
     from infimm_fast.export.common.runner import ExportedModel as ExportedModel
-    from infimm_fast.export.loading import ExportedModule as ExportedModule
-    from infimm_fast.export.loading import load as load
+    from infimm_fast.export.common.runner import ExportedModule as ExportedModule
+    from infimm_fast.export.common.spec import GraphSpec as GraphSpec
+    from infimm_fast.export.common.spec import TensorSpec as TensorSpec
+    from infimm_fast.export.runtime.loading import load as load
+    from infimm_fast.export.runtime.providers import Opening as Opening
+    from infimm_fast.export.runtime.providers import register_provider as register_provider
     from infimm_fast.export.to_aoti.export import export_aoti as export_aoti
     from infimm_fast.export.to_kernels.export import export_kernels as export_kernels
     from infimm_fast.export.to_onnx.export import export_onnx as export_onnx

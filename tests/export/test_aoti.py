@@ -14,11 +14,15 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import LlamaConfig
 
 from infimm_fast.export import ExportedModel, load
+from infimm_fast.export.common import prepared as prepared_module
 from infimm_fast.export.common import source as source_module
 from infimm_fast.export.common.artifact import load_manifest
 from infimm_fast.export.common.errors import ArtifactError, ExportError, LimitError, ProviderError
-from infimm_fast.export.common.graphs import graph_modules, nest_inputs
-from infimm_fast.export.common.spec import GraphSpec, default_limits, model_graphs
+from infimm_fast.export.common.prepared import PreparedExport
+from infimm_fast.export.common.spec import GraphSpec
+from infimm_fast.export.models.infimm_hd import InfiMMHD
+from infimm_fast.export.models.infimm_hd_graphs import graph_modules
+from infimm_fast.export.runtime.providers import Opening, open_backend
 from infimm_fast.export.to_aoti import export as aoti
 from infimm_fast.export.to_aoti import export_aoti
 from infimm_fast.export.to_aoti.backend import AotiBackend
@@ -27,6 +31,7 @@ from infimm_fast.models.infimm_hd.configuration_infimm_hd import InfiMMHDConfig,
 from infimm_fast.models.infimm_hd.modeling_infimm_hd import InfiMMHDForConditionalGeneration
 from infimm_fast.models.infimm_hd.presets import preset
 
+FAMILY = InfiMMHD()
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 
 
@@ -78,10 +83,10 @@ def inputs_of(spec: GraphSpec, config: InfiMMHDConfig, sizes: Mapping[str, int])
 def assert_equal_to_pytorch(
     model: InfiMMHDForConditionalGeneration, backend: AotiBackend, graph: str, sizes: Mapping[str, int]
 ) -> None:
-    spec = model_graphs(model.config, "float32")[graph]
+    spec = FAMILY.specs(model.config, "float32")[graph]
     inputs = inputs_of(spec, model.config, sizes)
     actual = backend.run(graph, inputs, [tensor.name for tensor in spec.outputs])
-    nested = nest_inputs(graph, [inputs[t.name] for t in spec.inputs], model.config.text_config.num_hidden_layers)
+    nested = spec.nest([inputs[t.name] for t in spec.inputs])
     with torch.no_grad():
         expected = graph_modules(model)[graph](*nested)
     expected = expected if isinstance(expected, list) else [expected]
@@ -114,7 +119,7 @@ def test_tiny_packages(tiny: tuple[InfiMMHDForConditionalGeneration, Path]) -> N
         sizes = {"batch_size": batch, "sequence_length": text, "past_sequence_length": past, "visual_length": visual}
         assert_equal_to_pytorch(model, backend, "decoder", sizes)
     _generates_what_pytorch_does(model, folder)
-    _refuses_what_it_does_not_take(model, backend)
+    _refuses_what_it_does_not_take(model, ExportedModel(load_manifest(folder), backend))
     _weights_are_used_in_place(backend)
     _bad_folders(folder)
 
@@ -135,13 +140,13 @@ def _generates_what_pytorch_does(model: InfiMMHDForConditionalGeneration, folder
     assert torch.equal(actual, expected[:, 5:])
 
 
-def _refuses_what_it_does_not_take(model: InfiMMHDForConditionalGeneration, backend: AotiBackend) -> None:
-    spec = model_graphs(model.config, "float32")["vision"]
+def _refuses_what_it_does_not_take(model: InfiMMHDForConditionalGeneration, exported: ExportedModel) -> None:
+    spec = FAMILY.specs(model.config, "float32")["vision"]
     with pytest.raises(LimitError, match="num_tiles is 41; this artifact takes 1 to 40"):
-        backend.run("vision", inputs_of(spec, model.config, {"num_tiles": 41}))
+        exported.run("vision", inputs_of(spec, model.config, {"num_tiles": 41}))
     with pytest.raises(LimitError, match=r"pixel_values is torch\.float16"):
         inputs = inputs_of(spec, model.config, {"num_tiles": 1})
-        backend.run("vision", inputs | {"pixel_values": inputs["pixel_values"].half()})
+        exported.run("vision", inputs | {"pixel_values": inputs["pixel_values"].half()})
 
 
 def _weights_are_used_in_place(backend: AotiBackend) -> None:
@@ -179,7 +184,7 @@ def _bad_folders(folder: Path) -> None:
         load(copied, "cpu")
     manifest.target = "onnx"
     with pytest.raises(ProviderError, match="artifact for onnx"):
-        AotiBackend(folder, manifest)
+        open_backend(Opening(folder, manifest, "aoti"))
 
 
 @pytest.mark.slow
@@ -231,7 +236,7 @@ def test_packages_with_triton_kernels(tmp_path: Path) -> None:
     model = tiny_model()
     folder = export_aoti(model, tmp_path / "tiny", dtype="bfloat16", device="cuda")
     backend = AotiBackend(folder, load_manifest(folder))
-    specs = model_graphs(model.config, "bfloat16")
+    specs = FAMILY.specs(model.config, "bfloat16")
     exact, plain = graph_modules(model.double()), None
     plain = graph_modules(tiny_model().to("cuda", torch.bfloat16))
     for graph, sizes in (
@@ -243,7 +248,7 @@ def test_packages_with_triton_kernels(tmp_path: Path) -> None:
             tensor.name: value.to(tensor.torch_dtype)
             for tensor, value in zip(
                 specs[graph].inputs,
-                inputs_of(model_graphs(model.config, "float32")[graph], model.config, sizes).values(),
+                inputs_of(FAMILY.specs(model.config, "float32")[graph], model.config, sizes).values(),
                 strict=True,
             )
         }
@@ -252,8 +257,8 @@ def test_packages_with_triton_kernels(tmp_path: Path) -> None:
         flat = [inputs[tensor.name] for tensor in specs[graph].inputs]
         with torch.no_grad():
             wide = [value.double() if value.is_floating_point() else value for value in flat]
-            want = exact[graph](*nest_inputs(graph, wide, 1))
-            low = plain[graph](*nest_inputs(graph, [value.cuda() for value in flat], 1))
+            want = exact[graph](*specs[graph].nest(wide))
+            low = plain[graph](*specs[graph].nest([value.cuda() for value in flat]))
         pairs = zip(want, low, strict=True) if isinstance(want, list) else [(want, low)]
         for name, (good, rough) in zip(names, pairs, strict=True):
             allowed = 2 * (rough.cpu().double() - good).abs().max() + 1e-2 * good.abs().max()
@@ -270,7 +275,7 @@ def test_packages_with_triton_kernels(tmp_path: Path) -> None:
 )
 def test_bad_arguments(tmp_path: Path, arguments: dict, message: str) -> None:
     with pytest.raises(ExportError, match=message):
-        export_aoti("nothing", tmp_path / "out", **arguments)
+        export_aoti(tiny_model(), tmp_path / "out", **arguments)
     assert not (tmp_path / "out").exists()
 
 
@@ -283,15 +288,17 @@ def test_missing_compiler_and_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         export_aoti("nothing", tmp_path / "out")
 
 
-def test_fixed_axes_are_refused() -> None:
+def test_fixed_axes_are_refused(tmp_path: Path) -> None:
     class Fixed(torch.nn.Module):
         def forward(self, pixel_values: torch.Tensor, tile_positions: torch.Tensor) -> torch.Tensor:
             return pixel_values.flatten(1)[:, : len(pixel_values)]
 
     config = preset("tiny")
-    spec = model_graphs(config, "float32")["vision"]
+    spec = FAMILY.specs(config, "float32")["vision"]
+    limits = FAMILY.default_limits(config)
+    prepared = PreparedExport(FAMILY, None, config, tmp_path, "float32", {"vision": spec}, limits)
     with pytest.raises(ExportError, match="vision"):
-        aoti.trace_program(Fixed(), spec, default_limits(config), 8, "cpu")
+        aoti.trace_program(Fixed(), spec, prepared, "cpu")
 
 
 def test_a_failed_compilation_leaves_no_manifest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -310,7 +317,9 @@ def test_a_failed_compilation_leaves_no_manifest(tmp_path: Path, monkeypatch: py
 def test_weights_are_stored_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The names in the file are those of the checkpoint; the tracer's own constants are apart."""
     monkeypatch.setattr(aoti, "_compile", lambda program, file: [*program.state_dict, *program.constants])
-    monkeypatch.setattr(aoti, "write_manifest", lambda out, manifest, names, progress: json.dumps(manifest.to_json()))
+    monkeypatch.setattr(
+        prepared_module, "write_manifest", lambda out, manifest, names, progress: json.dumps(manifest.to_json())
+    )
     saved: dict[str, torch.Tensor] = {}
     monkeypatch.setattr(aoti, "_save_weights", lambda file, tensors: saved.update(tensors))
     model = tiny_model()

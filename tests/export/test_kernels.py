@@ -78,7 +78,7 @@ def test_export(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(export, "RECIPES", (chosen,))
     seen: list[tuple[int, int]] = []
     out = export_kernels(
-        tmp_path / "kernels", [90], head_dims=[64], dtypes=["bf16"], heads=2, processes=1,
+        tmp_path / "kernels", [90], head_dims=[64], dtypes=["bfloat16"], heads=2, processes=1,
         progress=lambda *counts: seen.append(counts),
     )  # fmt: skip
     (row,) = json.loads((out / "kernels.json").read_text())["kernels"]

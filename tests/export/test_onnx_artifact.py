@@ -19,9 +19,8 @@ from infimm_fast.errors import ImageCountError
 from infimm_fast.export import load
 from infimm_fast.export.common.artifact import load_manifest, verify_files
 from infimm_fast.export.common.errors import ArtifactError, LimitError, ProviderError, ToleranceError
-from infimm_fast.export.common.graphs import graph_modules
-from infimm_fast.export.common.spec import default_limits
-from infimm_fast.export.common.verify import model_cases
+from infimm_fast.export.common.prepared import PreparedExport
+from infimm_fast.export.models.infimm_hd import InfiMMHD
 from infimm_fast.export.to_onnx.verification import verify_onnx
 
 ROOT = Path(__file__).parents[2]
@@ -221,12 +220,11 @@ def test_verification_finds_a_wrong_weight(copy, model):
         content[position] ^= 0x80
     (copy / "onnx" / "decoder.data").write_bytes(content)
     manifest, report = load_manifest(copy), {}
-    modules = graph_modules(model)
+    family, specs = InfiMMHD(), {"decoder": manifest.graphs["decoder"]}
+    limits = family.default_limits(model.config)
+    prepared = PreparedExport(family, model, model.config, copy, "float32", specs, limits)
     with pytest.raises(ToleranceError, match="decoder, one tile: logits"):
-        verify_onnx(
-            copy, {"decoder": manifest.graphs["decoder"]}, manifest.graph_files, "float32", modules.__getitem__,
-            lambda spec: model_cases(spec, model.config), default_limits(model.config), lambda *step: None, report,
-        )  # fmt: skip
+        verify_onnx(prepared, manifest.graph_files, report)
 
 
 def test_the_command_line(artifact, tmp_path):

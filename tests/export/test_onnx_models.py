@@ -21,16 +21,15 @@ import infimm_fast
 from infimm_fast import InfiMMHDForConditionalGeneration, preset
 from infimm_fast.cli import app
 from infimm_fast.export import ExportError, export_module_onnx, export_onnx, load
-from infimm_fast.export.common.graphs import graph_modules
-from infimm_fast.export.common.source import cast_model
-from infimm_fast.export.common.spec import default_limits, model_graphs
-from infimm_fast.export.common.verify import model_cases, verify_graph
+from infimm_fast.export.common.verify import verify_graph
+from infimm_fast.export.models.infimm_hd import InfiMMHD
 from infimm_fast.integrations.optimization import optimize
 from infimm_fast.models.infimm_hd.presets import PRESETS
 from infimm_fast.models.infimm_hd.tokenization_bytes import byte_tokenizer
 from onnx_models import make_config, make_model
 
 ROOT = Path(__file__).parents[2]
+FAMILY = InfiMMHD()
 pytestmark = pytest.mark.slow
 
 
@@ -70,7 +69,7 @@ def test_a_folded_model(processor, tmp_path, check_tokens):
     check_tokens(model, load(folder, threads=2))
     assert not any("ff_gate" in tensor.name for tensor in initialisers(folder, "decoder"))
     assert model.gated_blocks[0].folded is not None and model.gated_blocks[0].attn.backend == "auto"
-    wide = cast_model(model, torch.float64)
+    wide = FAMILY.cast(model, torch.float64)
     x = torch.randn(1, 2, 128).double()
     block, visual = wide.gated_blocks[0], torch.randn(3, 224).double()
     inputs = (torch.tensor([[[0, 3], [0, 0]]]), torch.tensor([True]), visual)
@@ -148,14 +147,14 @@ def test_real_widths(tmp_path):
     model = make_model(config)
     folder = export_onnx(model, tmp_path / "out", verify=False)
     exported = load(folder, threads=2)
-    specs, modules = model_graphs(config, "float32"), graph_modules(model)
+    specs, modules = FAMILY.specs(config, "float32"), FAMILY.modules(model)
 
     def run(name, inputs):
         return {key: exported.backend.to_tensor(value) for key, value in exported.backend.run(name, inputs).items()}
 
     for name, chosen in (("vision", [0]), ("cross_kv", [2]), ("decoder", [2, 6])):
-        cases = model_cases(specs[name], config)
-        verify_graph(modules[name], specs[name], [cases[i] for i in chosen], run, default_limits(config))
+        cases = FAMILY.cases(specs[name], config)
+        verify_graph(modules[name], specs[name], [cases[i] for i in chosen], run, FAMILY.default_limits(config))
 
     ids = torch.tensor([[1, 5, config.image_token_id, 7, 8], [0, 1, 20, 21, 22], [1, config.image_token_id, 9, 10, 11]])
     mask = torch.tensor([[1] * 5, [0, *[1] * 4], [1] * 5])
@@ -169,13 +168,13 @@ def test_real_widths(tmp_path):
 
     half = export_onnx(model, tmp_path / "half", dtype="float16", graphs=("vision",), verify=False)
     backend = load(half, threads=2).backend
-    spec = model_graphs(config, "float16")["vision"]
+    spec = FAMILY.specs(config, "float16")["vision"]
     verify_graph(
-        graph_modules(model.half())["vision"],
+        FAMILY.modules(model.half())["vision"],
         spec,
-        model_cases(spec, config)[:1],
+        FAMILY.cases(spec, config)[:1],
         lambda name, inputs: {key: backend.to_tensor(value) for key, value in backend.run(name, inputs).items()},
-        default_limits(config),
+        FAMILY.default_limits(config),
     )
 
 

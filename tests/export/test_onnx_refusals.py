@@ -21,6 +21,7 @@ from typer.testing import CliRunner
 from infimm_fast.cli import app
 from infimm_fast.export import ExportError, VerificationError, export_module_onnx, export_onnx, load
 from infimm_fast.export.common import artifact as artifact_module
+from infimm_fast.export.common.cases import Case
 from infimm_fast.export.common.errors import (
     ArtifactError,
     AxisError,
@@ -31,7 +32,7 @@ from infimm_fast.export.common.errors import (
     ToleranceError,
 )
 from infimm_fast.export.common.spec import GraphSpec, TensorSpec
-from infimm_fast.export.common.verify import Case, Float64, verify_graph
+from infimm_fast.export.common.verify import Float64, verify_graph
 from infimm_fast.export.to_onnx import verification, weights
 from infimm_fast.export.to_onnx.checks import check_cuda_kernels, check_file
 from infimm_fast.export.to_onnx.overflow import large_activations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,8 @@ from infimm_fast.export.common.errors import (
     LimitError,
     MissingKernelError,
 )
-from infimm_fast.export.common.spec import GraphSpec, TensorSpec, model_graphs
+from infimm_fast.export.common.spec import GraphSpec, TensorSpec
+from infimm_fast.export.models.infimm_hd import InfiMMHD
 from infimm_fast.export.to_onnx.functions import (
     DOMAIN,
     interval_attention_body,
@@ -32,6 +34,8 @@ from interpreter import load_file
 GRAPHS = load_file(Path(__file__).with_name("tensorrt_graphs.py"))
 FLOAT, HALF, INT64 = GRAPHS.FLOAT, GRAPHS.HALF, GRAPHS.INT64
 make_graph, save = GRAPHS.make_graph, GRAPHS.save
+FAMILY = InfiMMHD()
+TINY_RANGES = functools.partial(FAMILY.axis_ranges, preset("tiny"))
 VISION = GraphSpec("vision", (TensorSpec("pixel_values", "float32", ("num_tiles", 3, 8, 8)),), ())
 
 
@@ -201,9 +205,9 @@ def test_lint_refuses_new_opsets() -> None:
 def test_presets_fit_the_graphs() -> None:
     config = preset("tiny")
     for name in profiles.PRESETS:
-        for spec in model_graphs(config, "float16").values():
+        for spec in FAMILY.specs(config, "float16").values():
             limits = profiles.resolve_profiles(name)
-            made = profiles.profiles_of(spec, limits, 65, {"total_sequence_length": (1, 4096)})
+            made = profiles.profiles_of(spec, limits, TINY_RANGES, {"total_sequence_length": (1, 4096)})
             assert made
             for profile in made:
                 for low, usual, high in profile.shapes(spec).values():
@@ -211,12 +215,13 @@ def test_presets_fit_the_graphs() -> None:
                 if "total_sequence_length" in profile.axes:
                     parts = (profile.axes["past_sequence_length"], profile.axes["sequence_length"])
                     assert profile.axes["total_sequence_length"] == tuple(map(sum, zip(*parts, strict=True)))
-    assert len(profiles.profiles_of(model_graphs(config, "float16")["vision"], profiles.PRESETS["chat"], 65, {})) == 1
+    vision = FAMILY.specs(config, "float16")["vision"]
+    assert len(profiles.profiles_of(vision, profiles.PRESETS["chat"], TINY_RANGES, {})) == 1
 
 
 def test_profiles_are_chosen_by_shape() -> None:
-    spec = model_graphs(preset("tiny"), "float16")["decoder"]
-    made = profiles.profiles_of(spec, profiles.PRESETS["chat"], 65, {})
+    spec = FAMILY.specs(preset("tiny"), "float16")["decoder"]
+    made = profiles.profiles_of(spec, profiles.PRESETS["chat"], TINY_RANGES, {})
     sizes = {"batch_size": 1, "visual_length": 8}
     prompt = sizes | {"sequence_length": 300, "past_sequence_length": 0, "total_sequence_length": 300}
     step = sizes | {"sequence_length": 1, "past_sequence_length": 300, "total_sequence_length": 301}
@@ -233,7 +238,9 @@ def test_profiles_are_chosen_by_shape() -> None:
         (lambda: profiles.Limits("p", tiles=(4, 2, 8)), "tiles=4,2,8"),
         (lambda: profiles.Limits("p", batch=(0, 1, 1)), "batch=0,1,1"),
         (
-            lambda: profiles.profiles_of(VISION, [profiles.Limits("p", tiles=(50, 60, 70))], 65, {"num_tiles": (1, 40)}),
+            lambda: profiles.profiles_of(
+                VISION, [profiles.Limits("p", tiles=(50, 60, 70))], TINY_RANGES, {"num_tiles": (1, 40)}
+            ),
             "num_tiles 50 to 70 lies outside 1 to 40",
         ),
     ],

@@ -15,8 +15,8 @@ pytest.importorskip("onnx", reason="needs onnx")
 
 from infimm_fast.export.common.artifact import load_manifest
 from infimm_fast.export.common.errors import ArtifactError, LimitError, ProviderError
-from infimm_fast.export.common.graphs import graph_modules, nest_inputs
-from infimm_fast.export.common.spec import model_graphs
+from infimm_fast.export.models.infimm_hd import InfiMMHD
+from infimm_fast.export.models.infimm_hd_graphs import graph_modules
 from infimm_fast.export.to_onnx.export import export_onnx
 from infimm_fast.export.to_tensorrt.backend import TensorRTBackend
 from infimm_fast.export.to_tensorrt.engines import FOLDER
@@ -56,7 +56,6 @@ def check_engines(folder: Path, **options: object) -> None:
     backend = TensorRTBackend(folder, manifest, FLAVOR, **options)
     torch.manual_seed(0)
     model = InfiMMHDForConditionalGeneration._from_config(preset("tiny"), dtype=getattr(torch, manifest.dtype)).eval()
-    layers = model.config.text_config.num_hidden_layers
     exact, plain = graph_modules(model.double()), None
     torch.manual_seed(0)
     low = InfiMMHDForConditionalGeneration._from_config(preset("tiny"), dtype=getattr(torch, manifest.dtype)).eval()
@@ -64,13 +63,13 @@ def check_engines(folder: Path, **options: object) -> None:
     for graph, cases in SIZES.items():
         spec = manifest.graphs[graph]
         for sizes in cases:
-            wide = AOTI.inputs_of(model_graphs(model.config, "float32")[graph], model.config, sizes)
+            wide = AOTI.inputs_of(InfiMMHD().specs(model.config, "float32")[graph], model.config, sizes)
             inputs = {tensor.name: wide[tensor.name].to(tensor.torch_dtype) for tensor in spec.inputs}
             flat = [inputs[tensor.name] for tensor in spec.inputs]
             names = [tensor.name for tensor in spec.outputs]
             with torch.no_grad():
-                want = exact[graph](*nest_inputs(graph, [x.double() if x.is_floating_point() else x for x in flat], layers))
-                rough = plain[graph](*nest_inputs(graph, [x.cuda() for x in flat], layers))
+                want = exact[graph](*spec.nest([x.double() if x.is_floating_point() else x for x in flat]))
+                rough = plain[graph](*spec.nest([x.cuda() for x in flat]))
             want, rough = (result if isinstance(result, list) else [result] for result in (want, rough))
             for _ in range(3):  # the second run captures, the third replays
                 actual = backend.run(graph, inputs, names)

@@ -15,7 +15,7 @@ pytest.importorskip("onnxruntime", reason="needs onnxruntime")
 from infimm_fast.export import load
 from infimm_fast.export.common.artifact import Manifest, write_manifest
 from infimm_fast.export.common.errors import ArtifactError, ExportError, ProviderError
-from infimm_fast.export.common.spec import model_graphs
+from infimm_fast.export.models.infimm_hd import InfiMMHD
 from infimm_fast.export.to_tensorrt import build, engines, matrix, profiles, report
 from infimm_fast.export.to_tensorrt import flavors as flavors_module
 from infimm_fast.models.infimm_hd.presets import preset
@@ -159,7 +159,7 @@ def test_providers_say_what_is_missing(tmp_path: Path, monkeypatch: pytest.Monke
     artifact = tmp_path / "artifact"
     artifact.mkdir()
     (artifact / "vision.onnx").write_text("never read")
-    spec = model_graphs(preset("tiny"), "float32")["vision"]
+    spec = InfiMMHD().specs(preset("tiny"), "float32")["vision"]
     manifest = Manifest("model", "onnx", "float32", {"vision": spec}, {"vision": "vision.onnx"}, {})
     write_manifest(artifact, manifest, ["vision.onnx"])
     import_module = importlib.import_module

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -20,7 +21,8 @@ from onnx import helper
 
 from infimm_fast.export.common.artifact import load_manifest
 from infimm_fast.export.common.errors import ExportError, InvalidGraphError, LimitError, ProviderError
-from infimm_fast.export.common.spec import VISUAL_MULTIPLE, GraphSpec, TensorSpec
+from infimm_fast.export.common.spec import GraphSpec, TensorSpec
+from infimm_fast.export.models.infimm_hd import VISUAL_MULTIPLE
 from infimm_fast.export.to_onnx.export import export_onnx
 from infimm_fast.export.to_tensorrt import build, prepare
 from infimm_fast.export.to_tensorrt import export as exporter
@@ -125,9 +127,8 @@ def _progress_cancel_and_errors(artifact: Path) -> None:
 def build_toy(nodes: list[onnx.NodeProto], folder: Path, **changes: object) -> build.BuiltEngine:
     kind = {"x": (GRAPHS.FLOAT, ["n", 8])}
     model = GRAPHS.make_graph(nodes, kind, {"y": kind["x"]})
-    return build.build_engine(
-        load_flavor("rtx"), SPEC, model, GRAPHS.save(model, folder), [PROFILE], (89,), build.BuildOptions(**changes), {}
-    )
+    graph = build.EngineGraph(SPEC, model, GRAPHS.save(model, folder), (PROFILE,), "float32")
+    return build.build_engine(load_flavor("rtx"), graph, (89,), build.BuildOptions(**changes))
 
 
 def test_toy_engine_and_options(tmp_path: Path) -> None:
@@ -148,10 +149,9 @@ def test_parser_errors_name_the_node(tmp_path: Path) -> None:
         {"y": (GRAPHS.FLOAT, ["n", 8])},
         22,
     )
+    graph = build.EngineGraph(SPEC, model, GRAPHS.save(model, tmp_path), (PROFILE,), "float32")
     with pytest.raises(InvalidGraphError, match="refuses the toy graph: dice"):
-        build.build_engine(
-            load_flavor("rtx"), SPEC, model, GRAPHS.save(model, tmp_path), [PROFILE], (89,), build.BuildOptions(), {}
-        )
+        build.build_engine(load_flavor("rtx"), graph, (89,), build.BuildOptions())
 
 
 def test_a_failed_build_says_why(tmp_path: Path) -> None:
@@ -163,20 +163,24 @@ def test_a_failed_build_says_why(tmp_path: Path) -> None:
         helper.make_node("Attention", ["x", "k", "x"], ["y"], name="attention"),
     ]
     model = GRAPHS.make_graph(nodes, {"x": (GRAPHS.FLOAT, shape)}, {"y": (GRAPHS.FLOAT, shape)})
-    file, flavor, options = GRAPHS.save(model, tmp_path), load_flavor("rtx"), build.BuildOptions()
+    flavor, options = load_flavor("rtx"), build.BuildOptions()
+    graph = build.EngineGraph(spec, model, GRAPHS.save(model, tmp_path), (PROFILE,), "float32")
     with pytest.raises(ExportError, match="cannot build the toy engine: "):
-        build.build_engine(flavor, spec, model, file, [PROFILE], (89,), options, {"attention": False})
-    prepared = prepare.prepare_graph(model)
-    built = build.build_engine(flavor, spec, prepared, file, [PROFILE], (89,), options, {"attention": False})
+        build.build_engine(flavor, graph, (89,), options)
+    graph = dataclasses.replace(graph, model=prepare.prepare_graph(model))
+    built = build.build_engine(flavor, graph, (89,), options)
     assert built.report.decomposed == ("attention",)
 
 
 def test_an_unwritable_folder_is_one_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     manifest = type("M", (), {"graph_files": {"toy": "toy.onnx"}, "files": {"toy.onnx": {"sha256": "s"}}})
-    graph = exporter.Prepared("toy", onnx.ModelProto(), tmp_path / "toy.onnx", (PROFILE,), "float32")
+    graph = build.EngineGraph(SPEC, onnx.ModelProto(), tmp_path / "toy.onnx", (PROFILE,), "float32")
+    job = exporter.EngineJob(
+        tmp_path / "missing", manifest, load_flavor("rtx"), (89,), None, False, None, build.BuildOptions()
+    )
     built = build_toy([helper.make_node("Tanh", ["x"], ["y"], name="tanh")], tmp_path)
     with pytest.raises(OSError, match=r"engine cannot be written: No such file or directory"):
-        exporter._store(tmp_path / "missing", manifest, graph, built, load_flavor("rtx"), (89,), False, {})
+        exporter._store(job, graph, built)
 
 
 def test_the_parser_finds_our_plugins() -> None:

@@ -1,4 +1,4 @@
-"""The modules behind the declared graphs: thin wrappers around a model, with flat tensors in and out."""
+"""The modules behind InfiMM-HD's graphs: thin wrappers around a model, with flat tensors in and out."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers import DynamicCache
 
-from infimm_fast.export.common.spec import VISUAL_MULTIPLE, padded_visual_length
+from infimm_fast.export.models.infimm_hd import VISUAL_MULTIPLE, padded_visual_length
 from infimm_fast.models.infimm_hd.modeling_gated_cross_attention import CrossAttentionInputs, VisualCrossAttention
 from infimm_fast.models.infimm_hd.modeling_infimm_hd import InfiMMHDForConditionalGeneration
 from infimm_fast.models.infimm_hd.position_embedding import tile_position_embedding
@@ -23,7 +23,7 @@ class VisionGraph(nn.Module):
         self.model = model
 
     def forward(self, pixel_values: torch.Tensor, tile_positions: torch.Tensor) -> torch.Tensor:
-        """Return ``[num_tiles, tokens_per_tile, C]``; see `infimm_fast.export.common.spec`."""
+        """Return ``[num_tiles, tokens_per_tile, C]``; see `infimm_fast.export.models.infimm_hd`."""
         config, positions = self.model.config, None
         if config.use_subimage_position_embedding:
             positions = tile_position_embedding(tile_positions, config.vision_config.hidden_size)
@@ -65,7 +65,7 @@ class DecoderGraph(nn.Module):
         past_key_values: list[torch.Tensor],
         cross_key_values: list[torch.Tensor],
     ) -> list[torch.Tensor]:
-        """Return the logits and the new cache; see `infimm_fast.export.common.spec`."""
+        """Return the logits and the new cache; see `infimm_fast.export.models.infimm_hd`."""
         cache = DynamicCache(_pairs(past_key_values))
         keys_and_values = tuple(_pairs(cross_key_values))
         context = VisualContext(keys_and_values[0][0], has_image, has_image, keys_and_values)
@@ -107,10 +107,3 @@ def graph_modules(model: InfiMMHDForConditionalGeneration) -> dict[str, nn.Modul
         "cross_kv": CrossKeyValueGraph(model),
         "decoder": DecoderGraph(model),
     }
-
-
-def nest_inputs(name: str, flat: list, num_layers: int) -> tuple:
-    """Return a graph's flat inputs (tensors, or anything that stands for one) as the arguments of its module."""
-    if name != "decoder":
-        return tuple(flat)
-    return (*flat[:5], flat[5 : 5 + 2 * num_layers], flat[5 + 2 * num_layers :])

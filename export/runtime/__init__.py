@@ -1,0 +1,1 @@
+"""Opens artifacts: the table of providers, and `load`."""
