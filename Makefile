@@ -44,7 +44,7 @@ bench: $(INSTALLED)
 
 # WORKERS and TESTS reach the script through the environment, if they are given.
 bench-gpu:
-	PYTHON=$(PYTHON) benchmarks/bench_gpu.sh "$(OUT)" "$(BUDGET)" $(SECTIONS)
+	PYTHON=$(PYTHON) tools/bench_gpu.sh "$(OUT)" "$(BUDGET)" $(SECTIONS)
 
 install: $(INSTALLED)
 

@@ -1,5 +1,4 @@
-"""Tuning of the kernels' launch configurations where a GPU is at hand for minutes only.
+"""Checks and times candidates for a kernel's launch configuration on a GPU, and says which one wins.
 
-`plan` compiles candidates and predicts their times without a GPU, `run` checks and times them on one, `report` writes
-``benchmarks/TUNING.md``. Nothing chooses a configuration by itself: a table row changes by hand, with its reason.
+Nothing changes a configuration by itself: a table's row changes by hand, with its reason.
 """

@@ -3,25 +3,23 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import re
+import sys
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
 
-from infimm_fast.benchmarks.tuning.jobs import CROSS, RESIDUAL, SUBIMAGE, Job, shipped_config
+from infimm_fast.kernels.common.cases import Job, Op
 from infimm_fast.kernels.common.configs import cover_of
 from infimm_fast.kernels.common.launch import LaunchConfig
-from infimm_fast.kernels.interval import config as cross_config
-from infimm_fast.kernels.residual import config as residual_config
+from infimm_fast.kernels.residual.config import REGISTERS, row_cover
 
-# Importance of jobs that get few candidates.
+# Importance from which on cases get few candidates.
 LEAST_IMPORTANT = 3
-# (block_m, block_n, warps, stages, register cap)
-Shape = tuple[int, int, int, int, int | None]
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A launch configuration, and constants of the op's config module where it needs others than the shipped ones.
+    """A launch configuration, and constants of the op's modules where it needs others than the shipped ones.
 
     Attributes:
         config: of the job's kernel.
@@ -30,7 +28,7 @@ class Candidate:
     """
 
     config: LaunchConfig
-    constants: dict[str, int] = field(default_factory=dict)
+    constants: Mapping[str, int] = field(default_factory=dict)
     shipped: bool = False
 
     @property
@@ -43,156 +41,115 @@ class Candidate:
         return " ".join(words + [f"{name}={value}" for name, value in self.constants.items()])
 
 
-_FORWARD: tuple[Shape, ...] = (
-    (128, 64, 8, 2, None),
-    (128, 64, 8, 3, None),
-    (128, 64, 8, 2, 128),
-    (128, 128, 8, 2, None),
-    (64, 64, 4, 2, None),
-    (64, 64, 4, 3, None),
-    (64, 64, 4, 2, 168),
-    (64, 128, 4, 2, None),
-    (128, 32, 8, 4, None),
-    (128, 64, 4, 3, None),
-)
-_BACKWARD_KV: tuple[Shape, ...] = (
-    (64, 128, 8, 2, None),
-    (64, 128, 8, 3, None),
-    (32, 128, 8, 2, None),
-    (32, 128, 8, 3, None),
-    (64, 64, 8, 2, None),
-    (64, 64, 4, 2, None),
-    (32, 64, 4, 2, None),
-    (32, 64, 4, 3, None),
-    (64, 64, 4, 2, 168),
-    (32, 64, 8, 3, None),
-    (16, 128, 8, 2, None),
-)
-_BACKWARD_Q: tuple[Shape, ...] = (
-    (128, 64, 8, 2, None),
-    (128, 64, 8, 3, None),
-    (128, 64, 8, 2, 128),
-    (128, 32, 8, 3, None),
-    (128, 128, 8, 2, None),
-    (64, 64, 4, 2, None),
-    (64, 64, 4, 3, None),
-    (64, 64, 4, 2, 168),
-    (64, 32, 4, 3, None),
-)
-_ATTENTION = {"forward": _FORWARD, "backward_kv": _BACKWARD_KV, "backward_q": _BACKWARD_Q}
-# Decode folds rows into `block_m`; tiles of 64 rows are what a warp group multiplies, smaller ones are another instruction.
-_DECODE: tuple[Shape, ...] = (
-    (16, 64, 4, 2, None),
-    (16, 64, 4, 3, None),
-    (16, 64, 4, 4, None),
-    (16, 32, 4, 4, None),
-    (16, 128, 4, 2, None),
-    (16, 128, 8, 3, None),
-    (32, 64, 4, 3, None),
-)
-_DECODE_CONSTANTS: dict[bool, tuple[dict[str, int], ...]] = {
-    # A batch of one, and any other.
-    True: (
-        {"TARGET_PROGRAMS": 264},
-        {"TARGET_PROGRAMS": 1024},
-        {"TARGET_PROGRAMS": 1024, "MIN_BLOCKS_PER_SPLIT": 2},
-        {"MIN_SPLITS": 16},
-    ),
-    False: (
-        {"TARGET_POOL": 1024},
-        {"TARGET_POOL": 2048},
-        {"TARGET_POOL": 8192},
-        {"MIN_BLOCKS_PER_UNIT": 4},
-        {"MIN_BLOCKS_PER_UNIT": 16},
-    ),
+# As in a label, the most usual first: block_m x block_n, warps, stages, register cap.
+_ATTENTION = {
+    "forward": "128x64 w8 s2, 128x64 w8 s3, 128x64 w8 s2 r128, 128x128 w8 s2, 64x64 w4 s2, 64x64 w4 s3, 64x64 w4 s2 r168, "
+    "64x128 w4 s2, 128x32 w8 s4, 128x64 w4 s3",
+    "backward_kv": "64x128 w8 s2, 64x128 w8 s3, 32x128 w8 s2, 32x128 w8 s3, 64x64 w8 s2, 64x64 w4 s2, 32x64 w4 s2, "
+    "32x64 w4 s3, 64x64 w4 s2 r168, 32x64 w8 s3, 16x128 w8 s2",
+    "backward_q": "128x64 w8 s2, 128x64 w8 s3, 128x64 w8 s2 r128, 128x32 w8 s3, 128x128 w8 s2, 64x64 w4 s2, 64x64 w4 s3, "
+    "64x64 w4 s2 r168, 64x32 w4 s3",
 }
+# Decode folds rows into `block_m`; tiles of 64 rows are what a warp group multiplies, smaller ones are another instruction.
+_DECODE = "16x64 w4 s2, 16x64 w4 s3, 16x64 w4 s4, 16x32 w4 s4, 16x128 w4 s2, 16x128 w8 s3, 32x64 w4 s3"
+_ONE_ROW: tuple[dict[str, int], ...] = (
+    {"TARGET_PROGRAMS": 264},
+    {"TARGET_PROGRAMS": 1024},
+    {"TARGET_PROGRAMS": 1024, "MIN_BLOCKS_PER_SPLIT": 2},
+    {"MIN_SPLITS": 16},
+)
+_ROWS: tuple[dict[str, int], ...] = (
+    {"TARGET_POOL": 1024},
+    {"TARGET_POOL": 2048},
+    {"TARGET_POOL": 8192},
+    {"MIN_BLOCKS_PER_UNIT": 4},
+    {"MIN_BLOCKS_PER_UNIT": 16},
+)
 # Rows of a step and warps, and the programs of a launch.
 _RESIDUAL_SHAPES = ((1, 4), (1, 8), (1, 16), (2, 8), (2, 16))
 _RESIDUAL_PROGRAMS = {"forward": (528, 1056), "backward": (132, 528)}
 
 
-def candidates_of(job: Job, arch: int) -> list[Candidate]:
-    """Return the candidates of a job, different from each other, the shipped one first."""
-    shipped = shipped_config(job, arch)
-    found = [Candidate(shipped, shipped=True)]
-    if job.op == RESIDUAL:
-        found += _residual_candidates(job, shipped)
+def candidates_of(op: Op, job: Job) -> list[Candidate]:
+    """Return the candidates of a job, different from each other, the shipped one first.
+
+    An op that this module does not know gets other numbers of warps and stages.
+    """
+    shipped = op.config(job)
+    if op.name == "gated_residual":
+        others = _residual_candidates(job, shipped)
     elif job.kernel == "decode":
-        found += _decode_candidates(job, shipped)
+        others = _decode_candidates(job, shipped)
+    elif job.kernel in _ATTENTION and "head_dim" in job.case.sizes:
+        others = _attention_candidates(op, job, shipped)
     else:
-        found += _attention_candidates(job, shipped)
-    unique: list[Candidate] = []
-    for candidate in found:
-        if all((candidate.config, candidate.constants) != (other.config, other.constants) for other in unique):
-            unique.append(candidate)
-    return unique
+        others = (Candidate(replace(shipped, num_warps=w, num_stages=s)) for w in (4, 8) for s in (1, 2, 3))
+    found = [Candidate(shipped, shipped=True)]
+    for candidate in others:
+        if all((candidate.config, candidate.constants) != (other.config, other.constants) for other in found):
+            found.append(candidate)
+    return found
 
 
-def _attention_candidates(job: Job, shipped: LaunchConfig) -> Iterator[Candidate]:
-    padded = (1 << (job.width - 1).bit_length(),)
-    # The shipped cover with every shape, the other one with the most usual half of them.
-    others = sorted({cover_of(job.width), padded} - {shipped.cover})
-    # The last ones are for jobs that matter.
-    most = len(_ATTENTION[job.kernel]) if job.importance < LEAST_IMPORTANT else 6
+def _with_shape(config: LaunchConfig, shape: str) -> LaunchConfig:
+    """Return a configuration with another shape, written as above."""
+    block_m, block_n, warps, stages, cap = re.fullmatch(r"(\d+)x(\d+) w(\d+) s(\d+)(?: r(\d+))?", shape).groups()  # type: ignore[union-attr]
+    return replace(
+        config,
+        block_m=int(block_m),
+        block_n=int(block_n),
+        num_warps=int(warps),
+        num_stages=int(stages),
+        max_registers=cap and int(cap),
+    )
+
+
+def _attention_candidates(op: Op, job: Job, shipped: LaunchConfig) -> Iterator[Candidate]:
+    width, shapes = op.width(job.case), _ATTENTION[job.kernel].split(", ")
+    # The shipped cover with every shape, the other one with the most usual half of them. The last shapes are for jobs that
+    # matter.
+    others = sorted({cover_of(width), (1 << (width - 1).bit_length(),)} - {shipped.cover})
+    most = len(shapes) if job.case.importance < LEAST_IMPORTANT else 6
     for cover in (shipped.cover, *others):
-        for block_m, block_n, warps, stages, cap in _ATTENTION[job.kernel][: most if cover == shipped.cover else 6]:
-            config = replace(
-                shipped, block_m=block_m, block_n=block_n, num_warps=warps, num_stages=stages, cover=cover, max_registers=cap
-            )
-            walked = block_m if job.kernel == "backward_kv" else block_n
-            can_peel = job.op == SUBIMAGE and job.sizes["tokens"] % walked == 1
+        for shape in shapes[: most if cover == shipped.cover else 6]:
+            config = replace(_with_shape(shipped, shape), cover=cover)
+            walked = config.block_m if job.kernel == "backward_kv" else config.block_n
+            can_peel = op.name == "subimage_attention" and job.case.sizes["tokens"] % walked == 1
             yield Candidate(replace(config, peel=can_peel))
             # Without peeling the odd token costs a block; worth a look for the shapes that are likeliest.
-            if can_peel and cover == shipped.cover and cap is None and stages == 2:
+            if can_peel and cover == shipped.cover and config.max_registers is None and config.num_stages == 2:
                 yield Candidate(replace(config, peel=False))
 
 
 def _decode_candidates(job: Job, shipped: LaunchConfig) -> Iterator[Candidate]:
-    for constants in _DECODE_CONSTANTS[job.sizes["rows"] == 1]:
+    for constants in _ONE_ROW if job.case.sizes["rows"] == 1 else _ROWS:
         yield Candidate(shipped, constants)
-    for block_m, block_n, warps, stages, cap in _DECODE:
-        if block_m >= shipped.block_m:
-            config = replace(shipped, block_m=block_m, block_n=block_n, num_warps=warps, num_stages=stages)
-            yield Candidate(replace(config, max_registers=cap))
+    for config in (_with_shape(shipped, shape) for shape in _DECODE.split(", ")):
+        if config.block_m >= shipped.block_m:
+            yield Candidate(config)
 
 
 def _residual_candidates(job: Job, shipped: LaunchConfig) -> Iterator[Candidate]:
     for programs in _RESIDUAL_PROGRAMS[job.kernel]:
         yield Candidate(shipped, {"MAX_PROGRAMS": programs})
     for rows, warps in _RESIDUAL_SHAPES:
-        cover = residual_config.row_cover(job.width, rows, warps)
-        cap = min(255, residual_config.REGISTERS // (32 * warps))
+        cover, cap = row_cover(job.case.sizes["width"], rows, warps), min(255, REGISTERS // (32 * warps))
         yield Candidate(replace(shipped, block_m=rows, num_warps=warps, cover=cover, max_registers=cap))
 
 
 @contextlib.contextmanager
-def constants_set(job: Job, constants: dict[str, int]) -> Iterator[None]:
-    """Give constants of the op's config module other values, in every module that has taken them over."""
+def constants_set(op: Op, job: Job, constants: Mapping[str, int]) -> Iterator[None]:
+    """Give constants other values, in every module of the op that has taken them over; of a table the job's entry."""
+    package = type(op).__module__.rpartition(".")[0]
+    modules = [module for name, module in sys.modules.items() if name.startswith(f"{package}.")]
     with contextlib.ExitStack() as stack:
         for name, value in constants.items():
-            if job.op == RESIDUAL:
-                table: dict[str, int] = getattr(residual_config, name)
-                stack.callback(table.update, dict(table))
-                table[job.kernel] = value
-                continue
-            for module in _modules_with(name):
-                stack.callback(setattr, module, name, getattr(module, name))
-                setattr(module, name, value)
+            for module in modules:
+                found = vars(module).get(name)
+                if isinstance(found, dict):
+                    stack.callback(found.update, dict(found))
+                    found[job.kernel] = value
+                elif found is not None:
+                    stack.callback(setattr, module, name, found)
+                    setattr(module, name, value)
         yield
-
-
-def _modules_with(name: str) -> list[Any]:
-    from infimm_fast.kernels.interval import decode
-
-    return [module for module in (cross_config, decode) if hasattr(module, name)]
-
-
-def split_of(job: Job, candidate: Candidate) -> cross_config.Split | None:
-    """Return how decode splits the keys with a candidate; None for any other job."""
-    if job.op != CROSS or job.kernel != "decode":
-        return None
-    sizes = job.sizes
-    keys = sizes["tiles"] * sizes["tokens_per_tile"] * sizes["rows"]
-    with constants_set(job, candidate.constants):
-        group = sizes["heads"] // sizes["kv_heads"]
-        return cross_config.choose_split(sizes["rows"], sizes["tokens"], group, sizes["kv_heads"], keys, candidate.config)

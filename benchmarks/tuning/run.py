@@ -1,35 +1,41 @@
-"""Check and time the candidates of a plan: one command, made for a GPU that is rented by the minute.
-
-Nothing is timed before its result was checked against the fp64 reference, and nothing that fails ends the run.
-"""
+"""One run of the tuner: compile in parallel, check, time, choose; stored after each job."""
 
 from __future__ import annotations
 
 import contextlib
+import json
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import TimeoutError as OutOfTime
+from dataclasses import asdict, dataclass, field, replace
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from infimm_fast.benchmarks.ceilings import measure_ceilings
+from infimm_fast.benchmarks.ceilings import Ceilings, measure_ceilings
 from infimm_fast.benchmarks.environment import describe, file_name, gpu_state
-from infimm_fast.benchmarks.registry import Inputs, Run
 from infimm_fast.benchmarks.timing import Timer, input_sets
-from infimm_fast.benchmarks.tuning.candidates import Candidate, constants_set
-from infimm_fast.benchmarks.tuning.jobs import TIMED_KERNELS, Job, launch, make_inputs, suite_of
-from infimm_fast.benchmarks.tuning.plan import Assessed, TuningPlan
-from infimm_fast.benchmarks.tuning.results import JobResult, Measured, Results
-from infimm_fast.benchmarks.tuning.warm import NOT_REACHED, warm_up
+from infimm_fast.benchmarks.tuning.candidates import Candidate, candidates_of, constants_set
+from infimm_fast.dtypes import DTYPES
 from infimm_fast.errors import ConfigurationError
+from infimm_fast.export.common.artifact import write_json
+from infimm_fast.kernels.common.cases import TUNE, Inputs, Job, Op, Outputs, find_ops, jobs_of
 from infimm_fast.kernels.common.launch import interpreting
 from infimm_fast.kernels.common.numerics import assert_error_budget, poisoned_memory
 from infimm_fast.kernels.common.offline import recorded_launches
 
+FORMAT, PLAN_FORMAT = "infimm_fast tuning run 2", "infimm_fast tuning plan 2"
+# Candidates of a job that are timed, by the importance of its case.
+MOST = {0: 16, 1: 8, 2: 5, 3: 4}
 # What a candidate costs beside its timing, and a job for inputs and reference; seconds.
 _CANDIDATE_SECONDS, _JOB_SECONDS = 0.3, 2.0
+# Share of a time from which on another configuration counts as faster; twice the noise if that is more.
+_LEAST_GAIN = 0.02
+# By (op, kernel, case): label -> why the candidate is not worth a try.
+Plan = Mapping[tuple[str, str, str], Mapping[str, str]]
 
 
 @dataclass(frozen=True)
@@ -37,44 +43,143 @@ class Settings:
     """What a run is asked for.
 
     Attributes:
+        ops: names, or None for all; so are `kernels` and `widths`.
+        kernels: see `ops`.
+        widths: see `ops`.
+        dtype: a key of `infimm_fast.dtypes.DTYPES`.
         budget: seconds for everything, or None for no limit.
-        processes: that compile at the same time; 0 leaves compiling to the timing process.
         seconds: of timing for each candidate and launch mode.
-        limit: seconds for compiling, at most half of the budget.
+        processes: that compile at the same time; 0 leaves compiling to the timing process.
+        plan: see `read_plan`.
     """
 
+    ops: Sequence[str] | None = None
+    kernels: Sequence[str] | None = None
+    widths: Sequence[int] | None = None
+    dtype: str = "bfloat16"
     budget: float | None = None
-    processes: int = 12
     seconds: float = 0.1
-    limit: float = 150
+    processes: int = 0
+    plan: Plan = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One candidate: a time behind a check, or the reason why there is none.
+
+    Attributes:
+        label: of the candidate.
+        ms: median of replays of a CUDA graph, or of calls where there is no GPU.
+        eager_ms: median of single calls, the host's share included.
+        errors: of each checked result: max_abs, rms, and what was allowed.
+        remark: why there is no time.
+    """
+
+    label: str
+    ms: float | None = None
+    eager_ms: float | None = None
+    errors: dict[str, dict[str, float]] = field(default_factory=dict)
+    remark: str = ""
+
+
+@dataclass(frozen=True)
+class JobResult:
+    """All candidates of one job, the shipped one first.
+
+    Attributes:
+        op: its name.
+        kernel: key of the op's kernels.
+        case: its name.
+        width: head dim or channels.
+        floor_ms: the least time by arithmetic and bytes, None without measured ceilings.
+        measured: empty if nothing could be.
+        again_ms: the shipped candidate once more, after all others.
+        gpu: clock, temperature and power afterwards; empty on a CPU.
+        remark: why nothing was measured.
+    """
+
+    op: str
+    kernel: str
+    case: str
+    width: int
+    floor_ms: float | None = None
+    measured: list[Measured] = field(default_factory=list)
+    again_ms: float | None = None
+    gpu: dict[str, str] = field(default_factory=dict)
+    remark: str = ""
+
+    @property
+    def choice(self) -> Measured | None:
+        """The fastest candidate if it beats the shipped one by more than the noise, else that; None if that failed."""
+        shipped = self.measured[0] if self.measured else None
+        if shipped is None or shipped.ms is None or self.again_ms is None:
+            return None
+        noise = abs(self.again_ms - shipped.ms) / shipped.ms
+        best = min((one for one in self.measured if one.ms), key=lambda one: one.ms or 0.0)
+        limit = min(shipped.ms, self.again_ms) / (1 + max(_LEAST_GAIN, 2 * noise))
+        return best if best.ms is not None and best.ms < limit else shipped
 
 
 class BrokenDeviceError(RuntimeError):
     """The GPU's context is lost: nothing more can run in this process."""
 
 
-def find_device(arch: int) -> torch.device:
-    """Return the GPU that a plan is for, or the CPU under Triton's interpreter.
+def read_plan(file: Path) -> Plan:
+    """Return what an offline plan says against candidates.
 
     Raises:
-        ConfigurationError: there is neither, or the GPU is of another generation.
+        ConfigurationError: the file is no plan of this version.
+    """
+    try:
+        content = json.loads(file.read_text())
+        found = content.get("format") if isinstance(content, dict) else None
+    except (OSError, ValueError) as error:
+        raise ConfigurationError(f"{file} cannot be read as a tuning plan: {error}") from error
+    if found != PLAN_FORMAT:
+        raise ConfigurationError(f"{file} has format {found!r}; expected {PLAN_FORMAT!r}")
+    plan = {}
+    for job in content["jobs"]:
+        dropped = {one["label"]: one["dropped"] for one in job["candidates"] if one["dropped"]}
+        plan[job["op"], job["kernel"], job["case"]] = dropped
+    return plan
+
+
+def find_device() -> tuple[torch.device, int]:
+    """Return the GPU and its compute capability, or under Triton's interpreter the CPU, for which those of a Hopper serve.
+
+    Raises:
+        ConfigurationError: there is neither.
     """
     if interpreting():
-        return torch.device("cpu")
+        return torch.device("cpu"), 90
     if not torch.cuda.is_available():
         raise ConfigurationError("tuning runs on a GPU, or with TRITON_INTERPRET=1 on a CPU; there is neither")
     major, minor = torch.cuda.get_device_capability()
-    if 10 * major + minor != arch:
-        raise ConfigurationError(f"the plan is for compute capability {arch / 10}; this GPU has {major}.{minor}")
-    return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cuda", torch.cuda.current_device()), 10 * major + minor
 
 
-def run_plan(plan: TuningPlan, settings: Settings, out: Path, tell: Callable[[str], None]) -> int:
-    """Run a plan, store after each job, and print a table.
+def work_of(settings: Settings, arch: int) -> list[tuple[Op, Job, list[Candidate]]]:
+    """Return the jobs that are asked for with the candidates to time, the most important first."""
+    work = []
+    for op in find_ops().values():
+        for job in jobs_of(op, TUNE, (settings.dtype,), (arch,)):
+            if (
+                (settings.ops is not None and op.name not in settings.ops)
+                or (settings.kernels is not None and job.kernel not in settings.kernels)
+                or (settings.widths is not None and op.width(job.case) not in settings.widths)
+            ):
+                continue
+            dropped = settings.plan.get((op.name, job.kernel, job.case.name), {})
+            candidates = [one for one in candidates_of(op, job) if one.shipped or one.label not in dropped]
+            work.append((op, job, candidates[: MOST[min(job.case.importance, max(MOST))]]))
+    return sorted(work, key=lambda one: one[1].case.importance)
+
+
+def tune(settings: Settings, out: Path, tell: Callable[[str], None]) -> int:
+    """Run all jobs, store after each, and print a table.
 
     Args:
-        plan: its dropped candidates are left alone, but for the shipped ones.
-        settings: how long.
+        settings: what and how long.
         out: folder of the JSON file.
         tell: takes a line.
 
@@ -82,105 +187,138 @@ def run_plan(plan: TuningPlan, settings: Settings, out: Path, tell: Callable[[st
         1 if there is no checked time of a shipped configuration, else 0.
 
     Raises:
-        ConfigurationError: see `find_device`.
+        ConfigurationError: there is no device, or no such job.
     """
-    device, started = find_device(plan.arch), time.monotonic()
-    jobs = [(job, [one for one in candidates if not one.dropped or one.candidate.shipped]) for job, candidates in plan.jobs]
-    remarks = _warm(jobs, settings, plan.arch, device, tell)
-    timer = Timer(device, settings.seconds)
-    results = Results(describe(device))
-    if device.type == "cuda":
-        results.ceilings = asdict(measure_ceilings(torch.bfloat16, timer))
-    file = out / file_name(results.environment, "tuning")
-    for job, candidates in jobs:
+    (device, arch), started = find_device(), time.monotonic()
+    work = work_of(settings, arch)
+    if not work:
+        raise ConfigurationError("no case has such an op, kernel and width")
+    if settings.processes and device.type == "cuda":
+        compile_all(work, settings, tell)
+    timer, environment = Timer(device, settings.seconds), describe(device)
+    ceilings = measure_ceilings(DTYPES[settings.dtype], timer) if device.type == "cuda" else None
+    results: list[JobResult] = []
+    left_out: list[str] = []
+    out.mkdir(parents=True, exist_ok=True)
+    file = out / file_name(environment, "tuning")
+
+    def save() -> None:
+        jobs = [asdict(one) | {"choice": one.choice.label if one.choice else None} for one in results]
+        rates = asdict(ceilings) if ceilings else {}
+        write_json(file, {"format": FORMAT, **environment, "ceilings": rates, "jobs": jobs, "left_out": left_out})
+
+    broken = False
+    for op, job, candidates in work:
         estimate = _JOB_SECONDS + (len(candidates) + 1) * (2 * settings.seconds + _CANDIDATE_SECONDS)
         late = settings.budget is not None and time.monotonic() - started + estimate > settings.budget
-        if late or remarks[id(job)][0] == NOT_REACHED:
-            results.left_out.append(_title(job))
+        if late or broken:
+            left_out.append(f"{op.name} {job.kernel} {job.case.name}")
             continue
         try:
-            result = run_job(job, candidates, remarks[id(job)], timer, plan.arch)
+            results.append(run_job(op, job, candidates, timer, ceilings))
         except BrokenDeviceError as error:
-            results.jobs.append(JobResult(job, [], remark=str(error)))
-            results.left_out += [_title(later) for later, _ in jobs[jobs.index((job, candidates)) + 1 :]]
-            break
-        results.jobs.append(result)
-        results.save(file)
-        tell(_line(result, candidates))
-    results.save(file)
-    for line in _table(results, jobs):
-        tell(line)
+            results.append(JobResult(op.name, job.kernel, job.case.name, op.width(job.case), remark=str(error)))
+            broken = True
+        save()
+        tell(_line(results[-1]))
+    save()
+    for result in results:
+        for one in [one for one in result.measured if one.remark][:3]:
+            tell(f"! {result.op} {result.kernel} {result.case}, {one.label}: {one.remark}"[:240])
+    for name in left_out:
+        tell(f"left out, no time in the budget: {name}")
     tell(f"written: {file}; {time.monotonic() - started:.0f} s")
-    return int(any(result.failed for result in results.jobs))
+    return int(any(result.choice is None for result in results))
 
 
-def _warm(
-    jobs: Sequence[tuple[Job, list[Assessed]]], settings: Settings, arch: int, device: torch.device, tell: Any
-) -> dict[int, list[str]]:
-    """Return for each job (by identity) what keeps each of its candidates from being timed."""
-    if not settings.processes:
-        return {id(job): [""] * len(candidates) for job, candidates in jobs}
-    tasks = [(job, one.candidate) for job, candidates in jobs for one in candidates]
-    limit = settings.limit if settings.budget is None else min(settings.limit, settings.budget / 2)
-    found = iter(warm_up(tasks, device, arch, settings.processes, limit, tell))
-    return {id(job): [next(found) for _ in candidates] for job, candidates in jobs}
+def compile_all(work: Sequence[tuple[Op, Job, list[Candidate]]], settings: Settings, tell: Callable[[str], None]) -> None:
+    """Fill Triton's disk cache in processes of their own, in at most half of the budget; nothing is launched there."""
+    started, limit = time.monotonic(), None if settings.budget is None else settings.budget / 2
+    tasks = [(op.name, job, candidate) for op, job, candidates in work for candidate in candidates]
+    pool = ProcessPoolExecutor(settings.processes, mp_context=get_context("spawn"))
+    try:
+        done = sum(pool.map(_compile_one, *zip(*tasks, strict=True), timeout=limit))
+        tell(f"compiled {done} of {len(tasks)} candidates; {time.monotonic() - started:.0f} s")
+    except OutOfTime:
+        tell(f"half of the budget did not compile all {len(tasks)} candidates")
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
-def run_job(job: Job, candidates: Sequence[Assessed], remarks: Sequence[str], timer: Timer, arch: int) -> JobResult:
+def _compile_one(name: str, job: Job, candidate: Candidate) -> bool:
+    op = find_ops()[name]
+    inputs = op.make_inputs(job.case, DTYPES[job.dtype], torch.device("meta"))
+    # Whatever the compiler refuses, the timing process will say.
+    with contextlib.suppress(Exception):
+        with constants_set(op, job, candidate.constants), recorded_launches() as launches:
+            op.launch(job, inputs, candidate.config)
+        for one in launches:
+            one.kernel.warmup(*one.args, grid=one.grid, **one.kwargs)
+        return True
+    return False
+
+
+def run_job(op: Op, job: Job, candidates: Sequence[Candidate], timer: Timer, ceilings: Ceilings | None = None) -> JobResult:
     """Check and time all candidates of one job, the shipped one first and again last.
 
     Raises:
         BrokenDeviceError: nothing more can run.
     """
-    op, case, device = suite_of(job), job.case, timer.device
+    device, dtype = timer.device, DTYPES[job.dtype]
+    cost = op.cost(job.case, dtype, job.kernel)
+    floor = ceilings.least_ms(cost.flops, cost.bytes)[0] if ceilings else None
+    result = JobResult(op.name, job.kernel, job.case.name, op.width(job.case), floor)
     try:
-        sets = input_sets(case.bytes, device)
-        inputs = [make_inputs(job, device, 100 * index, arch) for index in range(sets)]
-        with torch.set_grad_enabled(job.backward):
-            expected = op.expected(case, inputs[0])
+        inputs = [make_inputs(op, job, device, 100 * index) for index in range(input_sets(cost.bytes, device))]
+        with torch.set_grad_enabled(job.case.backward):
+            plain, exact = (op.reference(job.case, inputs[0], one) for one in (dtype, torch.float64))
     except Exception as error:  # too little memory, most likely; other jobs are smaller
-        return JobResult(job, [], remark=_remark(error, device))
-    measured = [
-        Measured(one.candidate, remark=remark, wrong=remark != NOT_REACHED)
-        if remark
-        else measure(job, one.candidate, inputs, expected, timer, arch)
-        for one, remark in zip(candidates, remarks, strict=True)
-    ]
-    again = None
-    if measured[0].ms is not None:
-        again = time_candidate(job, measured[0].candidate, inputs, timer, arch)["ms"]
-    return JobResult(job, measured, again, gpu_state(device))
+        return replace(result, remark=_remark(error, device))
+    measured = [measure(op, job, one, inputs, (plain, exact), timer) for one in candidates]
+    again = measured[0].ms and time_candidate(op, job, candidates[0], inputs, timer)["ms"]
+    return replace(result, measured=measured, again_ms=again, gpu=gpu_state(device))
 
 
-def measure(job: Job, candidate: Candidate, inputs: Sequence[Inputs], expected: Any, timer: Timer, arch: int) -> Measured:
+def make_inputs(op: Op, job: Job, device: torch.device, seed: int) -> Inputs:
+    """Return the op's inputs and, before a backward pass, the forward's results."""
+    inputs = op.make_inputs(job.case, DTYPES[job.dtype], device, seed)
+    if job.kernel.startswith("backward"):
+        forward = replace(job, kernel="forward")
+        inputs["forward"] = op.launch(forward, inputs, op.config(forward))
+    return inputs
+
+
+def measure(
+    op: Op, job: Job, candidate: Candidate, inputs: Sequence[Inputs], expected: tuple[Outputs, Outputs], timer: Timer
+) -> Measured:
     """Check one candidate and then time it."""
+    plain, exact = expected
     try:
-        with constants_set(job, candidate.constants), poisoned_memory():
-            outputs = launch(job, inputs[0], candidate.config, arch)
-        actual, (plain, exact) = suite_of(job).checked(job.case, outputs), expected
-        errors = {name: asdict(assert_error_budget(name, actual[name], plain[name], exact[name])) for name in exact}
-        return Measured(candidate, errors=errors, **time_candidate(job, candidate, inputs, timer, arch))
+        with constants_set(op, job, candidate.constants), poisoned_memory():
+            actual = op.checked(job.case, op.launch(job, inputs[0], candidate.config))
+        errors = {name: asdict(assert_error_budget(name, x, plain[name], exact[name])) for name, x in actual.items()}
+        return Measured(candidate.label, errors=errors, **time_candidate(op, job, candidate, inputs, timer))
     except AssertionError as error:
-        return Measured(candidate, remark=f"FAILED the check: {error}", wrong=True)
+        return Measured(candidate.label, remark=f"FAILED the check: {error}")
     except Exception as error:  # one candidate that does not run is a result, not an end
-        return Measured(candidate, remark=_remark(error, timer.device), wrong=True)
+        return Measured(candidate.label, remark=_remark(error, timer.device))
 
 
-def time_candidate(job: Job, candidate: Candidate, inputs: Sequence[Inputs], timer: Timer, arch: int) -> dict[str, Any]:
+def time_candidate(op: Op, job: Job, candidate: Candidate, inputs: Sequence[Inputs], timer: Timer) -> dict[str, float]:
     """Return the times of one candidate, as `Measured` names them."""
-    with constants_set(job, candidate.constants):
-        runs = [timed_run(job, candidate, one, arch) for one in inputs]
+    with constants_set(op, job, candidate.constants):
+        runs = [timed_run(op, job, candidate, one) for one in inputs]
         eager = timer.eager(runs)
         times = timer.graph(runs) if timer.device.type == "cuda" else eager
-    return {"ms": times.median, "p10_ms": times.percentile(10), "p90_ms": times.percentile(90), "eager_ms": eager.median}
+    return {"ms": times.median, "eager_ms": eager.median}
 
 
-def timed_run(job: Job, candidate: Candidate, inputs: Inputs, arch: int) -> Run:
-    """Return what is timed: the launcher, or the job's kernel alone where its launcher runs several for other jobs too."""
-    if job.kernel not in TIMED_KERNELS or interpreting():
-        return lambda: launch(job, inputs, candidate.config, arch)
+def timed_run(op: Op, job: Job, candidate: Candidate, inputs: Inputs) -> Callable[[], Any]:
+    """Return what is timed: the launcher, or one kernel alone where a backward launcher runs several for other jobs too."""
+    if not job.kernel.startswith("backward_") or interpreting():
+        return lambda: op.launch(job, inputs, candidate.config)
     with recorded_launches() as launches:
-        launch(job, inputs, candidate.config, arch)
+        op.launch(job, inputs, candidate.config)
 
     def replay(only: str | None = None) -> None:
         for one in launches:
@@ -189,7 +327,7 @@ def timed_run(job: Job, candidate: Candidate, inputs: Inputs, arch: int) -> Run:
 
     # Once everything: the kernel reads what others have written.
     replay()
-    return lambda: replay(TIMED_KERNELS[job.kernel])
+    return lambda: replay(op.kernels[job.kernel])
 
 
 def _remark(error: Exception, device: torch.device) -> str:
@@ -205,34 +343,11 @@ def _remark(error: Exception, device: torch.device) -> str:
     return remark
 
 
-def _title(job: Job) -> str:
-    return f"{job.op} {job.kernel} {job.name}"
-
-
-def _line(result: JobResult, candidates: Sequence[Assessed]) -> str:
-    wrong = sum(one.wrong for one in result.measured)
-    best = result.best
-    found = f"best {best.ms:.4f} ms, {best.candidate.label}" if best else result.remark or "no time"
-    return f"{_title(result.job)}: {len(candidates)} candidates, {wrong} failed; {found}"
-
-
-def _table(results: Results, jobs: Sequence[tuple[Job, list[Assessed]]]) -> list[str]:
-    """Return one line for each job, and what went wrong."""
-    planned = {_title(job): candidates for job, candidates in jobs}
-    lines = [f"{'op':<23}{'kernel':<12}{'D':<6}{'shipped':>9}{'best':>9}{'gain':>7}{'noise':>7}{'predicted':>10}  best"]
-    for result in results.jobs:
-        job, shipped, best = result.job, result.shipped, result.best
-        head = f"{job.op:<23}{job.kernel:<12}{job.width:<6}"
-        if shipped is None or shipped.ms is None or best is None or best.ms is None:
-            lines.append(f"{head} {result.remark or (shipped.remark if shipped else 'no time')}"[:200])
-            continue
-        predicted = next((one.prediction for one in planned[_title(job)] if one.candidate == best.candidate), None)
-        lines.append(
-            f"{head}{shipped.ms:>9.4f}{best.ms:>9.4f}{shipped.ms / best.ms - 1:>7.1%}{result.noise or 0.0:>7.1%}"
-            f"{predicted.ms if predicted else 0.0:>10.4f}  {best.candidate.label}"
-        )
-    for result in results.jobs:
-        lines += [
-            f"! {_title(result.job)}, {one.candidate.label}: {one.remark}"[:240] for one in result.measured if one.remark
-        ][:3]
-    return lines + [f"left out, no time in the budget: {name}" for name in results.left_out]
+def _line(result: JobResult) -> str:
+    head = f"{result.op:<19}{result.kernel:<12}{result.case[:44]:<45}"
+    choice, shipped = result.choice, result.measured[0] if result.measured else None
+    if choice is None or choice.ms is None or shipped is None or shipped.ms is None:
+        return f"{head}{result.remark or (shipped.remark if shipped else '')}"[:200]
+    floor = "" if result.floor_ms is None else f"floor {result.floor_ms:.4f} "
+    gain = "keeps the shipped one" if choice is shipped else f"{shipped.ms / choice.ms:.2f} times: {choice.label}"
+    return f"{head}{floor}shipped {shipped.ms:.4f} best {choice.ms:.4f} ms, {gain}"

@@ -1,6 +1,6 @@
 """Which tiles each kernel uses: a pure function over a frozen table, keyed by kernel, architecture, dtype and head dim.
 
-Every row was chosen by the offline gate (`infimm_fast.benchmarks.compile_gate`): the preferred shape that compiles
+Every row was chosen by the offline gate (`tools/compile_gate.py`): the preferred shape that compiles
 without spills in the forward and fits the shared memory, both with a peeled token and with a masked tail. None has been
 timed yet; a row that has says so.
 """

@@ -11,9 +11,9 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
+from document_models import update_page
 from infimm_fast import InfiMMHDForConditionalGeneration, preset
 from infimm_fast.cli import app
-from infimm_fast.cli.document_models import update_page
 from infimm_fast.cli.inspect import count_preset, format_operations, read_gates
 from infimm_fast.models.infimm_hd.checkpoint_io import CheckpointReader
 from infimm_fast.models.infimm_hd.presets import PRESETS
@@ -145,7 +145,7 @@ def test_there_is_a_page_for_each_family_member():
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_the_pages_are_computed(page):
-    """After a change of a preset or a formula: python -m infimm_fast.cli.document_models docs/models/*.md."""
+    """After a change of a preset or a formula: python tools/document_models.py docs/models/*.md."""
     text = page.read_text()
     assert update_page(text) == text
     assert update_page(text.replace("parameters |", "|")) == text, "the computed part is replaced whole"

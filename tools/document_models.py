@@ -1,4 +1,4 @@
-"""Rewrites the computed parts of the pages about models: ``python -m infimm_fast.cli.document_models docs/models/*.md``.
+"""Rewrites the computed parts of the pages about models: ``python tools/document_models.py docs/models/*.md``.
 
 A computed part stands between ``<!-- computed: PRESET WIDTHxHEIGHT ... -->`` and ``<!-- end -->``.
 """

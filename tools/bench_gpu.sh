@@ -3,12 +3,15 @@
 #
 # Usage: bench_gpu.sh FOLDER BUDGET [part or benchmark section ...]      (make bench-gpu OUT=FOLDER SECTIONS="...")
 #
-# Parts, in the order they run; all of them without any:
+# What matters most fits into two calls: "first" (tests of the ops, and the ops against all peers) within 400 seconds, then
+# "second" (decode, the tower, and the tuner) within 300.
+#
+# Parts, in the order they run, the most valuable first; all of them without any:
 #   tests      the GPU tests, in parallel where pytest-xdist is installed   tests.txt, tests.xml
-#   sanitize   compute-sanitizer over a small case of every kernel          sanitize.txt, sanitize.json
 #   ops, ...   sections of the benchmarks ("benchmarks" for all of them)    benchmarks.txt, a report, pictures
-#   tune       launch configurations of the tuning plan                     tune.txt, what the tuner writes
-#   profile    Nsight Compute over every kernel at its main size            profile.txt, profile.json
+#   tune       candidates for the launch configurations                    tune.txt, what the tuner writes
+#   sanitize   compute-sanitizer over a small case of every kernel          sanitize.txt, .json, a file for each tool
+#   profile    Nsight Compute over every kernel at its main size            profile.txt, profile.json, ncu.txt
 #
 # BUDGET seconds hold for all of it. A part gets a share of what is left by its weight among the parts still to come, so
 # that a short one leaves its time to the others and the last one gets the rest. It is told its share, and stopped
@@ -39,17 +42,20 @@ mkdir -p "$folder" || exit 2
 
 readonly GRACE=15       # seconds between the end of a part's share and its stop
 readonly LEAST=10       # seconds with which a part is worth beginning
-readonly NOT_RUN=3      # exit status of a part that could not run; outside_tools.py has the same
+readonly NOT_RUN=3      # exit status of a part that could not run; watch.py has the same
 readonly MOST_FILES=7   # that come back unpacked
 readonly WORKER_MIB=6000 # GPU memory of one process of the tests
 declare -rA WEIGHT=([tests]=6 [sanitize]=3 [benchmarks]=5 [tune]=5 [profile]=3)
-readonly ORDER=(tests sanitize benchmarks tune profile)
+readonly ORDER=(tests benchmarks tune sanitize profile)
 
 # --- what is asked for -------------------------------------------------------------------------------------------------
 declare -A wanted=()
 sections=()
+test_paths=()
 for name in "$@"; do
     case $name in
+        first) wanted[tests]=yes && wanted[benchmarks]=yes && sections+=(ops cross) && test_paths=(tests/ops) ;;
+        second) wanted[benchmarks]=yes && wanted[tune]=yes && sections+=(decode vision) ;;
         tests | sanitize | benchmarks | tune | profile) wanted[$name]=yes ;;
         *) wanted[benchmarks]=yes && sections+=("$name") ;;
     esac
@@ -86,11 +92,11 @@ run_tests() {
     fi
     # pytest shortens its lines to the terminal's width unless it runs in CI.
     CI=1 limited $(($1 - GRACE)) "$python" -m pytest -m gpu -q -p no:cacheprovider --tb=short --durations=15 --maxfail=60 \
-        --junitxml="$folder/tests.xml" "${parallel[@]}" "${arguments[@]}"
+        --junitxml="$folder/tests.xml" "${parallel[@]}" "${arguments[@]}" "${test_paths[@]}"
 }
 
 run_sanitize() {
-    limited "$1" "$python" -u -m infimm_fast.benchmarks.sanitize --out "$folder" --budget "$1"
+    limited "$1" "$python" -u tools/sanitize.py --out "$folder" --budget "$1"
 }
 
 run_benchmarks() {
@@ -104,12 +110,12 @@ run_benchmarks() {
 }
 
 run_tune() {
-    limited "$1" "$python" -u -m infimm_fast.benchmarks.tuning run --plan benchmarks/results/tuning_plan_sm90.json \
+    limited "$1" "$python" -u -m infimm_fast.benchmarks.tuning --plan benchmarks/results/tuning_plan_sm90.json \
         --out "$folder" --budget "$1"
 }
 
 run_profile() {
-    limited "$1" "$python" -u -m infimm_fast.benchmarks.profile_kernels --out "$folder" --budget "$1"
+    limited "$1" "$python" -u tools/profile_kernels.py --out "$folder" --budget "$1"
 }
 
 # --- what is shown of them ---------------------------------------------------------------------------------------------

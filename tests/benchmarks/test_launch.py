@@ -1,0 +1,142 @@
+"""The cases that NVIDIA's tools watch: they launch every kernel, and their check sees a mistake."""
+
+import ast
+import importlib
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import launch as tool
+from infimm_fast.kernels.common.cases import PROFILE, SMALL, Job, find_ops
+from infimm_fast.kernels.common.offline import recorded_launches
+from infimm_fast.kernels.subimage.config import KERNELS as KINDS
+from infimm_fast.kernels.subimage.config import choose_config
+
+pytest.importorskip("triton", reason="needs triton")
+
+ROOT = Path(__file__).parents[2]
+SMALL_CASES, PROFILED = tool.cases_with(SMALL), tool.cases_with(PROFILE)
+FOLDERS = {op.name: type(op).__module__.split(".")[2] for op in find_ops().values()}
+
+
+def launched_by_source():
+    """Return (module, name) of every jitted function that some launcher calls as ``kernel[grid](...)``."""
+    found = set()
+    for file in (ROOT / "kernels").glob("*/*.py"):
+        tree = ast.parse(file.read_text())
+        calls = [node.func for node in ast.walk(tree) if isinstance(node, ast.Call)]
+        names = {call.value.id for call in calls if isinstance(call, ast.Subscript) and isinstance(call.value, ast.Name)}
+        if names:
+            module = importlib.import_module(f"infimm_fast.kernels.{file.parent.name}.{file.stem}")
+            found |= {(kernel.fn.__module__, kernel.fn.__name__) for kernel in (getattr(module, name) for name in names)}
+    return found
+
+
+def recorded(op, case):
+    """Return (module, name) of the kernels that a case launches, without running any."""
+    job = Job(op.kernels_of(case)[-1], case, "bfloat16", 90)
+    job = replace(job, kernel="decode") if job.kernel == "combine" else job
+    with recorded_launches() as launches:
+        op.launch(job, op.make_inputs(case, torch.bfloat16, torch.device("meta")), op.config(job))
+    return [(one.kernel.fn.__module__, one.kernel.fn.__name__) for one in launches]
+
+
+def test_every_launched_kernel_has_a_small_case():
+    expected = launched_by_source()
+    assert len(expected) >= 13
+    assert {kernel for op, case in SMALL_CASES.values() for kernel in recorded(op, case)} == expected
+
+
+@pytest.mark.parametrize("name", [*SMALL_CASES, *PROFILED])
+def test_cases_say_what_they_launch(name):
+    op, case = (SMALL_CASES | PROFILED)[name]
+    kernels = recorded(op, case)
+    assert {kernel for _, kernel in kernels} == set(tool.kernel_names(op, case))
+    assert {module.split(".")[2] for module, _ in kernels} <= {FOLDERS[op.name], "common"}
+
+
+def test_the_peeled_case_is_peeled_wherever_it_runs():
+    for kernel in KINDS:
+        for dtype in (torch.bfloat16, torch.float16, torch.float32):
+            for capability in (80, 89, 90, 100, 120):
+                assert choose_config(kernel, 72, dtype, 129, capability).peel, (kernel, dtype, capability)
+
+
+def test_every_kernel_is_profiled():
+    small = {(op.name, kernel) for op, case in SMALL_CASES.values() for kernel in op.kernels_of(case)}
+    assert {(op.name, kernel) for op, case in PROFILED.values() for kernel in op.kernels_of(case)} == small
+    assert not set(SMALL_CASES) & set(PROFILED)
+
+
+def test_command(capsys):
+    assert tool.main(["--list"]) == 0
+    listed = capsys.readouterr().out.splitlines()
+    assert len(listed) == len(SMALL_CASES) + len(PROFILED)
+    assert listed[0].startswith("subimage_attention: small, peeled: forward_kernel")
+    assert tool.main(["nonsense"]) == 2
+    assert "'nonsense' is not known" in capsys.readouterr().err
+
+
+def test_a_wrong_result_ends_with_1(capsys, monkeypatch):
+    def wrong(op, case, dtype, device):
+        raise AssertionError("out: too large")
+
+    monkeypatch.setattr(tool, "run_case", wrong)
+    assert tool.main(["gated_residual: small", "--device", "cpu"]) == 1
+    assert capsys.readouterr().out == "gated_residual: small: WRONG: out: too large\n"
+
+
+def check(name, dtype, mutation=None):
+    """Run a small case in the interpreter's process, with a mistake in its op's kernels if one is given."""
+    from mutation import mutated
+
+    op, case = SMALL_CASES[name]
+    with mutated(FOLDERS[op.name], mutation):
+        tool.run_case(op, case, getattr(torch, dtype), torch.device("cpu"))
+
+
+# One of each op: the others take minutes there, and their kernels have tests of their own.
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name",
+    ["subimage_attention: small, window", "interval_attention: small, decode one row", "gated_residual: small, norm"],
+)
+def test_small_cases_are_right_in_the_interpreter(interpreter, name):
+    interpreter.call(__file__, "check", name=name, dtype="float16")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "mutation"),
+    [
+        (
+            "interval_attention: small, decode one row",
+            ("decode", "first_key = low + split * share", "first_key = low + split * (share - 1)"),
+        ),
+        ("gated_residual: small", ("tiles", "dgate[i] * (1.0 - slope[i] * slope[i])", "dgate[i]")),
+    ],
+)
+def test_mutations_are_noticed(interpreter, name, mutation):
+    with pytest.raises(AssertionError, match=r"^(out|dq|dk|dv|gate): "):
+        interpreter.call(__file__, "check", name=name, dtype="float16", mutation=mutation)
+
+
+@pytest.mark.slow
+def test_the_command_runs_in_the_interpreter():
+    command = [sys.executable, ROOT / "tools" / "launch.py", "gated_residual: small", "--device", "cpu"]
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    done = subprocess.run(
+        [*command, "--dtype", "float32"], env=environment, capture_output=True, text=True, check=False, timeout=120
+    )
+    assert done.returncode == 0 and done.stdout == "gated_residual: small: ok\n", done.stderr
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", SMALL_CASES)
+def test_small_cases_are_right(name):
+    tool.run_case(*SMALL_CASES[name], torch.bfloat16, torch.device("cuda"))
