@@ -217,9 +217,12 @@ def load_op(folder: Path) -> Op:
     """Import an op's folder from anywhere as a package of its own name, and register its ``cases.OP``.
 
     Raises:
-        KernelArgumentError: see `register_op`.
+        KernelArgumentError: there is a module of that name, or an op as `register_op` says.
         FileNotFoundError: the folder has no ``__init__.py``.
     """
+    loaded = sys.modules.get(folder.name)
+    if loaded is not None and loaded.__file__ != str(folder / "__init__.py"):
+        raise KernelArgumentError(f"there is a module named {folder.name!r} already, {loaded.__file__}")
     spec = importlib.util.spec_from_file_location(
         folder.name, folder / "__init__.py", submodule_search_locations=[str(folder)]
     )
