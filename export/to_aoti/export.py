@@ -68,14 +68,7 @@ def export_aoti(
     """
     _check_device(device)
     prepared = prepare_export(
-        model,
-        out,
-        dtype=dtype,
-        graphs=graphs,
-        limits=limits,
-        processor=processor,
-        overwrite=overwrite,
-        progress=progress,
+        model, out, dtype=dtype, graphs=graphs, limits=limits, processor=processor, overwrite=overwrite, progress=progress
     )
     files = {name: f"{TARGET}/{name}.pt2" for name in prepared.specs}
     (prepared.out / TARGET).mkdir(exist_ok=True)

@@ -101,18 +101,7 @@ def _define_subimage(trt: Any, trtp: Any) -> None:
     def compile_ahead(
         q: Desc, k: Desc, v: Desc, scale: Float, is_causal: Int, outputs: tuple[Desc], tactic: int
     ) -> tuple[str | bytes, str | bytes, trtp.KernelLaunchParams, trtp.SymExprs]:
-        batch, tokens, heads, head_dim = q.shape_expr
-        source = subimage_source(
-            _constant("heads", heads),
-            _head_dim(head_dim),
-            _dtype(trt, q.dtype),
-            _known(tokens),
-            _target.sm,
-            float(scale[0]),
-            packed=False,
-            causal=bool(is_causal[0]),
-        )
-        return _answer(trtp, source, _subimage_programs(trtp, source, batch, tokens), [tokens])
+        return _compile_subimage(trtp, tuple(q.shape_expr), _dtype(trt, q.dtype), scale, is_causal, packed=False)
 
 
 def _define_packed(trt: Any, trtp: Any) -> None:
@@ -143,17 +132,9 @@ def _define_packed(trt: Any, trtp: Any) -> None:
         qkv: Desc, scale: Float, is_causal: Int, outputs: tuple[Desc], tactic: int
     ) -> tuple[str | bytes, str | bytes, trtp.KernelLaunchParams, trtp.SymExprs]:
         batch, tokens, _, heads, head_dim = qkv.shape_expr
-        source = subimage_source(
-            _constant("heads", heads),
-            _head_dim(head_dim),
-            _dtype(trt, qkv.dtype),
-            _known(tokens),
-            _target.sm,
-            float(scale[0]),
-            packed=True,
-            causal=bool(is_causal[0]),
+        return _compile_subimage(
+            trtp, (batch, tokens, heads, head_dim), _dtype(trt, qkv.dtype), scale, is_causal, packed=True
         )
-        return _answer(trtp, source, _subimage_programs(trtp, source, batch, tokens), [tokens])
 
 
 def _define_cross(trt: Any, trtp: Any) -> None:
@@ -201,10 +182,24 @@ def _define_cross(trt: Any, trtp: Any) -> None:
         return _answer(trtp, source, programs, [tokens, keys])
 
 
-def _subimage_programs(trtp: Any, source: KernelSource, batch: Any, tokens: Any) -> Any:
-    constants = source.constants
-    blocks = trtp.cdiv(tokens - constants["PEEL"], constants["BLOCK_M"]) + constants["PEEL"]
-    return blocks * constants["H"] * batch
+def _compile_subimage(
+    trtp: Any, sizes: tuple[Any, ...], dtype: torch.dtype, scale: Float, is_causal: Int, packed: bool
+) -> tuple[str | bytes, str | bytes, Any, Any]:
+    """Return the answer for sub-image attention; sizes are batch, tokens, heads and head dim, as TensorRT's expressions."""
+    batch, tokens, heads, head_dim = sizes
+    source = subimage_source(
+        _constant("heads", heads),
+        _head_dim(head_dim),
+        dtype,
+        _known(tokens),
+        _target.sm,
+        float(scale[0]),
+        packed=packed,
+        causal=bool(is_causal[0]),
+    )
+    peel, block_m = source.constants["PEEL"], source.constants["BLOCK_M"]
+    blocks = trtp.cdiv(tokens - peel, block_m) + peel
+    return _answer(trtp, source, blocks * source.constants["H"] * batch, [tokens])
 
 
 def _answer(
