@@ -5,45 +5,19 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from infimm_fast.kernels.common.tiles import head_start, load_tile, locate, row_offsets
+from infimm_fast.kernels.common.tiles import UNSPECIALISED, head_start, load_tile, locate, row_offsets
 
 DELTA_ROWS = 64
 
 
-@triton.jit(
-    do_not_specialize=[
-        "num_tokens",
-        "max_tokens",
-        "num_heads",
-        "stride_ob",
-        "stride_on",
-        "stride_oh",
-        "stride_gb",
-        "stride_gn",
-        "stride_gh",
-    ]
-)
+@triton.jit(do_not_specialize=UNSPECIALISED)
 def delta_kernel(
-    out_ptr,
-    grad_ptr,
-    lengths_ptr,
-    num_tokens,
-    max_tokens,
-    num_heads,
-    stride_ob,
-    stride_on,
-    stride_oh,
-    stride_gb,
-    stride_gn,
-    stride_gh,
+    out_ptr, grad_ptr, lengths_ptr, num_tokens, max_tokens, num_heads,
+    stride_ob, stride_on, stride_oh, stride_gb, stride_gn, stride_gh,
     delta_ptr,
-    D: tl.constexpr,
-    COVER: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    ALIGN: tl.constexpr,
-    WIDE: tl.constexpr,
+    D: tl.constexpr, COVER: tl.constexpr, BLOCK_M: tl.constexpr, ALIGN: tl.constexpr, WIDE: tl.constexpr,
     PACKED: tl.constexpr,
-):
+):  # fmt: skip
     """``delta = sum over channels of out * dout`` in fp32."""
     block, batch, head, first, length, stored = locate(
         tl.program_id(0), tl.cdiv(max_tokens, BLOCK_M), num_heads, num_tokens, lengths_ptr, PACKED

@@ -12,6 +12,13 @@ import triton.language as tl
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
+# Parameters of the kernels for which Triton compiles no special versions: a new length or layout compiles nothing. Names
+# that a kernel does not have are ignored. Alignment is known otherwise, see `common_alignment`.
+_SIZES = (
+    "num_batches", "num_tokens", "max_tokens", "num_heads", "num_kv_heads", "num_keys", "num_rows", "num_units",
+    "num_splits", "max_splits", "pool", "group_size", "rope_prefix", "prefix", "rows_per_batch", "rows_per_program",
+)  # fmt: skip
+UNSPECIALISED = [*_SIZES, *(f"stride_{tensor}{axis}" for tensor in "qkvgonxyr" for axis in "bnhte")]
 
 
 @triton.constexpr_function

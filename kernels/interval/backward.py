@@ -28,6 +28,7 @@ from infimm_fast.kernels.common.launch import (
 )
 from infimm_fast.kernels.common.tiles import (
     LOG2_E,
+    UNSPECIALISED,
     add_product,
     head_start,
     load_rows,
@@ -51,25 +52,6 @@ from infimm_fast.kernels.interval.tiles import (
 
 # Tokens whose intervals the dk and dv kernel looks at in one step.
 SCAN_TOKENS = 256
-_UNSPECIALISED = [
-    "num_batches",
-    "num_tokens",
-    "num_kv_heads",
-    "num_keys",
-    "stride_qb",
-    "stride_qn",
-    "stride_qh",
-    "stride_gb",
-    "stride_gn",
-    "stride_gh",
-    "stride_kn",
-    "stride_kh",
-    "stride_vn",
-    "stride_vh",
-    "stride_rb",
-    "stride_rt",
-    "stride_re",
-]
 
 
 @triton.jit
@@ -82,24 +64,9 @@ def load_statistics(lse_ptr, delta_ptr, token, member, visible, num_tokens):
 
 @triton.jit
 def add_keys(
-    dq,
-    q,
-    grad,
-    lse,
-    delta,
-    k_ptr,
-    v_ptr,
-    o_key,
-    o_value,
-    start,
-    count,
-    first_key,
-    last_key,
-    scale_log2,
-    D: tl.constexpr,
-    COVER: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
+    dq, q, grad, lse, delta, k_ptr, v_ptr, o_key, o_value, start, count, first_key, last_key, scale_log2,
+    D: tl.constexpr, COVER: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
     """Add the share of BLOCK_N keys to dq."""
     k = load_tile(k_ptr, o_key, last_key - first_key, D, COVER, True)  # [BLOCK_N, D]
     v = load_tile(v_ptr, o_value, last_key - first_key, D, COVER, True)
@@ -111,42 +78,15 @@ def add_keys(
     return add_product(dq, ds, k, COVER)
 
 
-@triton.jit(do_not_specialize=_UNSPECIALISED)
+@triton.jit(do_not_specialize=UNSPECIALISED)
 def query_kernel(
-    q_ptr,
-    k_ptr,
-    v_ptr,
-    range_ptr,
-    grad_ptr,
-    lse_ptr,
-    delta_ptr,
-    scale,
-    num_batches,
-    num_tokens,
-    num_kv_heads,
-    num_keys,
-    stride_qb,
-    stride_qn,
-    stride_qh,
-    stride_gb,
-    stride_gn,
-    stride_gh,
-    stride_kn,
-    stride_kh,
-    stride_vn,
-    stride_vh,
-    stride_rb,
-    stride_rt,
-    stride_re,
+    q_ptr, k_ptr, v_ptr, range_ptr, grad_ptr, lse_ptr, delta_ptr, scale, num_batches, num_tokens, num_kv_heads, num_keys,
+    stride_qb, stride_qn, stride_qh, stride_gb, stride_gn, stride_gh, stride_kn, stride_kh, stride_vn, stride_vh, stride_rb,
+    stride_rt, stride_re,
     dq_ptr,
-    D: tl.constexpr,
-    COVER: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    GROUP: tl.constexpr,
-    ALIGN: tl.constexpr,
-    WIDE: tl.constexpr,
-):
+    D: tl.constexpr, COVER: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr,
+    ALIGN: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
     """Compute dq, contiguous, of BLOCK_M rows of one KV head."""
     num_rows = num_tokens * GROUP
     num_heads = num_kv_heads * GROUP
@@ -201,35 +141,11 @@ def touching_tokens(
 
 @triton.jit
 def add_rows(
-    dk,
-    dv,
-    k,
-    v,
-    q_ptr,
-    grad_ptr,
-    range_ptr,
-    lse_ptr,
-    delta_ptr,
-    batch,
-    key,
-    first_row,
-    num_tokens,
-    num_keys,
-    scale_log2,
-    stride_qn,
-    stride_qh,
-    stride_gn,
-    stride_gh,
-    stride_rb,
-    stride_rt,
-    stride_re,
-    D: tl.constexpr,
-    COVER: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    GROUP: tl.constexpr,
-    ALIGN: tl.constexpr,
+    dk, dv, k, v, q_ptr, grad_ptr, range_ptr, lse_ptr, delta_ptr, batch, key, first_row, num_tokens, num_keys, scale_log2,
+    stride_qn, stride_qh, stride_gn, stride_gh, stride_rb, stride_rt, stride_re,
+    D: tl.constexpr, COVER: tl.constexpr, BLOCK_M: tl.constexpr, GROUP: tl.constexpr, ALIGN: tl.constexpr,
     WIDE: tl.constexpr,
-):
+):  # fmt: skip
     """Add the share of BLOCK_M rows to dk and dv; everything is transposed, ``[keys, rows]``."""
     token, member, inside = row_index(first_row, num_tokens * GROUP, BLOCK_M, GROUP)
     start, count = load_intervals(range_ptr, batch, token, inside, num_keys, stride_rb, stride_rt, stride_re)
@@ -243,44 +159,15 @@ def add_rows(
     return add_product(dk, ds, q, COVER), dv
 
 
-@triton.jit(do_not_specialize=_UNSPECIALISED)
+@triton.jit(do_not_specialize=UNSPECIALISED)
 def key_value_kernel(
-    q_ptr,
-    k_ptr,
-    v_ptr,
-    range_ptr,
-    grad_ptr,
-    lse_ptr,
-    delta_ptr,
-    scale,
-    num_batches,
-    num_tokens,
-    num_kv_heads,
-    num_keys,
-    stride_qb,
-    stride_qn,
-    stride_qh,
-    stride_gb,
-    stride_gn,
-    stride_gh,
-    stride_kn,
-    stride_kh,
-    stride_vn,
-    stride_vh,
-    stride_rb,
-    stride_rt,
-    stride_re,
-    dk_ptr,
-    dv_ptr,
-    D: tl.constexpr,
-    COVER: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    GROUP: tl.constexpr,
-    ALIGN: tl.constexpr,
-    WIDE: tl.constexpr,
-    SCAN: tl.constexpr,
-):
+    q_ptr, k_ptr, v_ptr, range_ptr, grad_ptr, lse_ptr, delta_ptr, scale, num_batches, num_tokens, num_kv_heads, num_keys,
+    stride_qb, stride_qn, stride_qh, stride_gb, stride_gn, stride_gh, stride_kn, stride_kh, stride_vn, stride_vh, stride_rb,
+    stride_rt, stride_re,
+    dk_ptr, dv_ptr,
+    D: tl.constexpr, COVER: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr,
+    ALIGN: tl.constexpr, WIDE: tl.constexpr, SCAN: tl.constexpr,
+):  # fmt: skip
     """Compute dk and dv, contiguous, of BLOCK_N keys of one KV head."""
     # Heads are neighbours: they read the same intervals.
     kv_head = tl.program_id(0) % num_kv_heads
@@ -374,20 +261,9 @@ def launch_backward(
     key_strides = [stride for tensor in (k, v) for stride in strides(tensor)[1:]]
     with device_guard(q):
         delta_kernel[(triton.cdiv(tokens, DELTA_ROWS) * heads * batch,)](
-            out,
-            grad,
-            None,
-            tokens,
-            tokens,
-            heads,
-            *strides(out, grad),
-            delta,
-            COVER=config_q.cover,
-            BLOCK_M=DELTA_ROWS,
-            PACKED=False,
-            num_warps=4,
-            **shared,
-        )
+            out, grad, None, tokens, tokens, heads, *strides(out, grad), delta,
+            COVER=config_q.cover, BLOCK_M=DELTA_ROWS, PACKED=False, num_warps=4, **shared,
+        )  # fmt: skip
         inputs: tuple[Any, ...] = (q, k, v, kv_range, grad, lse, delta, options.scale, batch, tokens, kv_heads, keys)
         inputs += (*strides(q, grad), *key_strides, *kv_range.stride())
         query_kernel[(triton.cdiv(tokens * group, config_q.block_m) * kv_heads * batch,)](

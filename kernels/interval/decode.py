@@ -35,7 +35,7 @@ from infimm_fast.kernels.common.launch import (
     head_strides,
     rows_are_wide,
 )
-from infimm_fast.kernels.common.tiles import LN_2, LOG2_E, head_start, load_rows, store_rows
+from infimm_fast.kernels.common.tiles import LN_2, LOG2_E, UNSPECIALISED, head_start, load_rows, store_rows
 from infimm_fast.kernels.interval.config import (
     DECODE_TOKENS,
     MIN_BLOCKS_PER_UNIT,
@@ -68,38 +68,14 @@ def hulls_of_rows(range_ptr, batch, exists, num_tokens, num_keys, stride_rb, str
     return tl.where(high > low, low, 0), tl.where(high > low, high, 0)
 
 
-@triton.jit(
-    do_not_specialize=[
-        "num_batches",
-        "num_tokens",
-        "num_keys",
-        "group_size",
-        "pool",
-        "max_splits",
-        "stride_rb",
-        "stride_rt",
-        "stride_re",
-    ]
-)
+@triton.jit(do_not_specialize=UNSPECIALISED)
 def plan_kernel(
-    range_ptr,
-    num_batches,
-    num_tokens,
-    num_keys,
-    group_size,
-    pool,
-    max_splits,
-    stride_rb,
-    stride_rt,
-    stride_re,
+    range_ptr, num_batches, num_tokens, num_keys, group_size, pool, max_splits,
+    stride_rb, stride_rt, stride_re,
     plan_ptr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    TOKENS: tl.constexpr,
-    MIN_BLOCKS: tl.constexpr,
-    ROWS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TOKENS: tl.constexpr, MIN_BLOCKS: tl.constexpr, ROWS: tl.constexpr,
     COMPARED: tl.constexpr,
-):
+):  # fmt: skip
     """Plan one chunk of ROWS batch rows: at most ``pool`` units, and one more for each tile."""
     chunk = tl.program_id(0)
     num_rows = tl.minimum(num_batches - chunk * ROWS, ROWS)
@@ -164,60 +140,14 @@ def find_unit(plan_ptr, unit, rows_per_batch, BLOCK_M: tl.constexpr, ROWS: tl.co
     return first, num_rows, local % tiles, local // tiles, splits, low, high
 
 
-@triton.jit(
-    do_not_specialize=[
-        "num_batches",
-        "num_tokens",
-        "num_kv_heads",
-        "num_keys",
-        "num_units",
-        "num_splits",
-        "stride_qb",
-        "stride_qn",
-        "stride_qh",
-        "stride_kn",
-        "stride_kh",
-        "stride_vn",
-        "stride_vh",
-        "stride_rb",
-        "stride_rt",
-        "stride_re",
-    ]
-)
+@triton.jit(do_not_specialize=UNSPECIALISED)
 def decode_kernel(
-    q_ptr,
-    k_ptr,
-    v_ptr,
-    range_ptr,
-    plan_ptr,
-    scale,
-    num_batches,
-    num_tokens,
-    num_kv_heads,
-    num_keys,
-    num_units,
-    num_splits,
-    stride_qb,
-    stride_qn,
-    stride_qh,
-    stride_kn,
-    stride_kh,
-    stride_vn,
-    stride_vh,
-    stride_rb,
-    stride_rt,
-    stride_re,
-    part_ptr,
-    part_lse_ptr,
-    D: tl.constexpr,
-    COVER: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    GROUP: tl.constexpr,
-    ALIGN: tl.constexpr,
-    WIDE: tl.constexpr,
-    ROWS: tl.constexpr,
-):
+    q_ptr, k_ptr, v_ptr, range_ptr, plan_ptr, scale, num_batches, num_tokens, num_kv_heads, num_keys, num_units, num_splits,
+    stride_qb, stride_qn, stride_qh, stride_kn, stride_kh, stride_vn, stride_vh, stride_rb, stride_rt, stride_re,
+    part_ptr, part_lse_ptr,
+    D: tl.constexpr, COVER: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr,
+    ALIGN: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
     """One unit and KV head; without a plan, one batch row in `num_splits` splits. Writes ``[splits, B, T, Hq, D]``."""
     # Heads vary fastest. The heads of a token lie side by side, but tokens far apart: with all blocks' K and V out of one
     # projection, 12 heads of 128 bytes every 30 KB. One head reads whole sectors, yet only a sliver of each DRAM page;
@@ -264,21 +194,11 @@ def decode_kernel(
     tl.store(part_lse_ptr + index, part_lse, mask=inside)
 
 
-@triton.jit(do_not_specialize=["num_rows", "num_tokens", "num_heads"])
+@triton.jit(do_not_specialize=UNSPECIALISED)
 def combine_kernel(
-    part_ptr,
-    part_lse_ptr,
-    plan_ptr,
-    num_rows,
-    num_tokens,
-    num_heads,
-    out_ptr,
-    lse_ptr,
-    D: tl.constexpr,
-    WIDTH: tl.constexpr,
-    MAX_SPLITS: tl.constexpr,
-    ROWS: tl.constexpr,
-):
+    part_ptr, part_lse_ptr, plan_ptr, num_rows, num_tokens, num_heads, out_ptr, lse_ptr,
+    D: tl.constexpr, WIDTH: tl.constexpr, MAX_SPLITS: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
     """Weigh the partial results of one token and head by their log-sum-exps."""
     row = tl.program_id(0).to(tl.int64)  # over [B, T, H]
     token = row // num_heads % num_tokens
@@ -341,62 +261,17 @@ def launch_decode(
         if batch > 1:
             plan = torch.empty((chunks, FIELDS.value, PLAN_ROWS), dtype=torch.int32, device=q.device)
             plan_kernel[(chunks,)](
-                kv_range,
-                batch,
-                tokens,
-                keys,
-                group,
-                split.pool,
-                split.splits,
-                *kv_range.stride(),
-                plan,
-                BLOCK_M=config.block_m,
-                BLOCK_N=config.block_n,
-                TOKENS=DECODE_TOKENS,
-                MIN_BLOCKS=MIN_BLOCKS_PER_UNIT,
-                ROWS=PLAN_ROWS,
-                COMPARED=COMPARED_ROWS,
-                num_warps=8,
-            )
+                kv_range, batch, tokens, keys, group, split.pool, split.splits, *kv_range.stride(), plan,
+                BLOCK_M=config.block_m, BLOCK_N=config.block_n, TOKENS=DECODE_TOKENS, MIN_BLOCKS=MIN_BLOCKS_PER_UNIT,
+                ROWS=PLAN_ROWS, COMPARED=COMPARED_ROWS, num_warps=8,
+            )  # fmt: skip
         decode_kernel[(chunks * split.units * kv_heads,)](
-            q,
-            k,
-            v,
-            kv_range,
-            plan,
-            options.scale,
-            batch,
-            tokens,
-            kv_heads,
-            keys,
-            split.units,
-            split.splits,
-            *strides,
-            *kv_range.stride(),
-            part,
-            part_lse,
-            D=head_dim,
-            COVER=config.cover,
-            BLOCK_M=config.block_m,
-            BLOCK_N=config.block_n,
-            GROUP=group,
-            ALIGN=align,
-            WIDE=rows_are_wide(config.block_n, k, v),
-            ROWS=PLAN_ROWS,
-            **config.options(),
-        )
+            q, k, v, kv_range, plan, options.scale, batch, tokens, kv_heads, keys, split.units, split.splits, *strides,
+            *kv_range.stride(), part, part_lse,
+            D=head_dim, COVER=config.cover, BLOCK_M=config.block_m, BLOCK_N=config.block_n, GROUP=group, ALIGN=align,
+            WIDE=rows_are_wide(config.block_n, k, v), ROWS=PLAN_ROWS, **config.options(),
+        )  # fmt: skip
         combine_kernel[(lse.numel(),)](
-            part,
-            part_lse,
-            plan,
-            lse.numel(),
-            tokens,
-            heads,
-            out,
-            lse,
-            D=head_dim,
-            WIDTH=triton.next_power_of_2(head_dim),
-            MAX_SPLITS=split.splits,
-            ROWS=PLAN_ROWS,
-            num_warps=4,
-        )
+            part, part_lse, plan, lse.numel(), tokens, heads, out, lse,
+            D=head_dim, WIDTH=triton.next_power_of_2(head_dim), MAX_SPLITS=split.splits, ROWS=PLAN_ROWS, num_warps=4,
+        )  # fmt: skip

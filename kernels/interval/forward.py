@@ -20,7 +20,7 @@ from infimm_fast.kernels.common.launch import (
     rows_are_wide,
     rows_contiguous,
 )
-from infimm_fast.kernels.common.tiles import head_start, load_rows, store_rows
+from infimm_fast.kernels.common.tiles import UNSPECIALISED, head_start, load_rows, store_rows
 from infimm_fast.kernels.interval.config import DECODE_TOKENS, choose_config, choose_split
 from infimm_fast.kernels.interval.decode import launch_decode
 from infimm_fast.kernels.interval.options import Options
@@ -33,52 +33,14 @@ from infimm_fast.kernels.interval.tiles import (
 )
 
 
-@triton.jit(
-    do_not_specialize=[
-        "num_tokens",
-        "num_kv_heads",
-        "num_keys",
-        "stride_qb",
-        "stride_qn",
-        "stride_qh",
-        "stride_kn",
-        "stride_kh",
-        "stride_vn",
-        "stride_vh",
-        "stride_rb",
-        "stride_rt",
-        "stride_re",
-    ]
-)
+@triton.jit(do_not_specialize=UNSPECIALISED)
 def forward_kernel(
-    q_ptr,
-    k_ptr,
-    v_ptr,
-    range_ptr,
-    scale,
-    num_tokens,
-    num_kv_heads,
-    num_keys,
-    stride_qb,
-    stride_qn,
-    stride_qh,
-    stride_kn,
-    stride_kh,
-    stride_vn,
-    stride_vh,
-    stride_rb,
-    stride_rt,
-    stride_re,
-    out_ptr,
-    lse_ptr,
-    D: tl.constexpr,
-    COVER: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    GROUP: tl.constexpr,
-    ALIGN: tl.constexpr,
-    WIDE: tl.constexpr,
-):
+    q_ptr, k_ptr, v_ptr, range_ptr, scale, num_tokens, num_kv_heads, num_keys,
+    stride_qb, stride_qn, stride_qh, stride_kn, stride_kh, stride_vn, stride_vh, stride_rb, stride_rt, stride_re,
+    out_ptr, lse_ptr,
+    D: tl.constexpr, COVER: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr,
+    ALIGN: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
     """BLOCK_M rows of one batch row and KV head over their whole hull."""
     num_rows = num_tokens * GROUP
     num_tiles = tl.cdiv(num_rows, BLOCK_M)
@@ -147,25 +109,8 @@ def launch_forward(
     strides = [stride // align for stride in (*head_strides(q), *head_strides(k)[1:], *head_strides(v)[1:])]
     with device_guard(q):
         forward_kernel[(triton.cdiv(tokens * group, config.block_m) * kv_heads * batch,)](
-            q,
-            k,
-            v,
-            kv_range,
-            options.scale,
-            tokens,
-            kv_heads,
-            keys,
-            *strides,
-            *kv_range.stride(),
-            out,
-            lse,
-            D=head_dim,
-            COVER=config.cover,
-            BLOCK_M=config.block_m,
-            BLOCK_N=config.block_n,
-            GROUP=group,
-            ALIGN=align,
-            WIDE=rows_are_wide(tokens, q, out) or rows_are_wide(config.block_n, k, v),
-            **config.options(),
-        )
+            q, k, v, kv_range, options.scale, tokens, kv_heads, keys, *strides, *kv_range.stride(), out, lse,
+            D=head_dim, COVER=config.cover, BLOCK_M=config.block_m, BLOCK_N=config.block_n, GROUP=group, ALIGN=align,
+            WIDE=rows_are_wide(tokens, q, out) or rows_are_wide(config.block_n, k, v), **config.options(),
+        )  # fmt: skip
     return out, lse

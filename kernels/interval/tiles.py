@@ -66,23 +66,9 @@ def sees(key, start, count):
 
 @triton.jit
 def attend_block(
-    q,
-    acc,
-    m,
-    total,
-    k_ptr,
-    v_ptr,
-    o_key,
-    o_value,
-    start,
-    count,
-    first_key,
-    last_key,
-    scale_log2,
-    D: tl.constexpr,
-    COVER: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
+    q, acc, m, total, k_ptr, v_ptr, o_key, o_value, start, count, first_key, last_key, scale_log2,
+    D: tl.constexpr, COVER: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
     """One step of the online softmax over BLOCK_N keys; each row sees those of its own interval."""
     k = load_tile(k_ptr, o_key, last_key - first_key, D, COVER, True)  # [BLOCK_N, D]
     key = first_key + tl.arange(0, BLOCK_N)
@@ -100,23 +86,12 @@ def attend_block(
 
 @triton.jit
 def attend_keys(
-    q,
-    k_ptr,
-    v_ptr,
-    start,
-    count,
-    first_key,
-    last_key,
-    stride_kn,
-    stride_vn,
+    q, k_ptr, v_ptr, start, count, first_key, last_key,
+    stride_kn, stride_vn,
     scale,
-    D: tl.constexpr,
-    COVER: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    ALIGN: tl.constexpr,
+    D: tl.constexpr, COVER: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ALIGN: tl.constexpr,
     WIDE: tl.constexpr,
-):
+):  # fmt: skip
     """Return the output ``[BLOCK_M, D]`` and log-sum-exp of queries over the keys ``[first_key, last_key)`` of one head.
 
     k_ptr and v_ptr point at the head's key 0. Each query sees the keys of its own interval only; one that sees none has

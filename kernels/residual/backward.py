@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from infimm_fast.kernels.common.launch import LaunchConfig, common_alignment, device_guard
-from infimm_fast.kernels.common.tiles import load_rows, store_rows, zero_tile
+from infimm_fast.kernels.common.tiles import UNSPECIALISED, load_rows, store_rows, zero_tile
 from infimm_fast.kernels.residual.config import choose_config, rows_of_programs
 from infimm_fast.kernels.residual.forward import as_rows, row_strides
 from infimm_fast.kernels.residual.options import Gradients, Options
@@ -33,46 +33,14 @@ from infimm_fast.kernels.residual.tiles import (
 )
 
 
-@triton.jit(
-    do_not_specialize=[
-        "num_rows",
-        "rows_per_batch",
-        "rows_per_program",
-        "stride_gb",
-        "stride_gn",
-        "stride_nb",
-        "stride_nn",
-        "stride_yb",
-        "stride_yn",
-    ]
-)
+@triton.jit(do_not_specialize=UNSPECIALISED)
 def backward_kernel(
-    grad_ptr,
-    grad_normed_ptr,
-    y_ptr,
-    gate_ptr,
-    keep_ptr,
-    weight_ptr,
-    out_ptr,
-    eps,
-    num_rows,
-    rows_per_batch,
+    grad_ptr, grad_normed_ptr, y_ptr, gate_ptr, keep_ptr, weight_ptr, out_ptr, eps, num_rows, rows_per_batch,
     rows_per_program,
-    stride_gb,
-    stride_gn,
-    stride_nb,
-    stride_nn,
-    stride_yb,
-    stride_yn,
-    dx_ptr,
-    dy_ptr,
-    partial_ptr,
-    C: tl.constexpr,
-    COVER: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    GATE_STRIDE: tl.constexpr,
-    ALIGN: tl.constexpr,
-):
+    stride_gb, stride_gn, stride_nb, stride_nn, stride_yb, stride_yn,
+    dx_ptr, dy_ptr, partial_ptr,
+    C: tl.constexpr, COVER: tl.constexpr, BLOCK_M: tl.constexpr, GATE_STRIDE: tl.constexpr, ALIGN: tl.constexpr,
+):  # fmt: skip
     """Compute dy, with a weight also dx, and this program's share of the gradients of gate, weight and bias."""
     first = tl.program_id(0) * rows_per_program
     last = tl.minimum(first + rows_per_program, num_rows)
@@ -148,27 +116,11 @@ def launch_backward(
     align = common_alignment(grad, grad_normed, y)
     with device_guard(y):
         backward_kernel[(programs,)](
-            grad,
-            grad_normed,
-            y,
-            gate.contiguous(),
-            None if keep is None else keep.contiguous(),
-            None if norm_weight is None else norm_weight.contiguous(),
-            out,
-            options.norm_eps,
-            rows,
-            y.shape[1],
-            share,
-            *row_strides(align, grad, grad_normed, y),
-            dx,
-            dy,
-            partials,
-            C=channels,
-            COVER=config.cover,
-            BLOCK_M=config.block_m,
-            GATE_STRIDE=int(gate.shape[0] > 1),
-            ALIGN=align,
+            grad, grad_normed, y, gate.contiguous(), None if keep is None else keep.contiguous(),
+            None if norm_weight is None else norm_weight.contiguous(), out, options.norm_eps, rows, y.shape[1], share,
+            *row_strides(align, grad, grad_normed, y), dx, dy, partials,
+            C=channels, COVER=config.cover, BLOCK_M=config.block_m, GATE_STRIDE=int(gate.shape[0] > 1), ALIGN=align,
             **config.options(),
-        )
+        )  # fmt: skip
     for target, total in zip(sums, partials.sum(1), strict=True):
         target.copy_(total.sum() if target.shape[0] == 1 else total)

@@ -17,7 +17,7 @@ from infimm_fast.kernels.common.launch import (
     head_strides,
     rows_contiguous,
 )
-from infimm_fast.kernels.common.tiles import load_rows, store_rows
+from infimm_fast.kernels.common.tiles import UNSPECIALISED, load_rows, store_rows
 from infimm_fast.kernels.residual.config import choose_config, rows_of_programs
 from infimm_fast.kernels.residual.options import Options
 from infimm_fast.kernels.residual.tiles import (
@@ -32,40 +32,13 @@ from infimm_fast.kernels.residual.tiles import (
 )
 
 
-@triton.jit(
-    do_not_specialize=[
-        "num_rows",
-        "rows_per_batch",
-        "rows_per_program",
-        "stride_xb",
-        "stride_xn",
-        "stride_yb",
-        "stride_yn",
-    ]
-)
+@triton.jit(do_not_specialize=UNSPECIALISED)
 def forward_kernel(
-    x_ptr,
-    y_ptr,
-    gate_ptr,
-    keep_ptr,
-    weight_ptr,
-    bias_ptr,
-    eps,
-    num_rows,
-    rows_per_batch,
-    rows_per_program,
-    stride_xb,
-    stride_xn,
-    stride_yb,
-    stride_yn,
-    out_ptr,
-    normed_ptr,
-    C: tl.constexpr,
-    COVER: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    GATE_STRIDE: tl.constexpr,
-    ALIGN: tl.constexpr,
-):
+    x_ptr, y_ptr, gate_ptr, keep_ptr, weight_ptr, bias_ptr, eps, num_rows, rows_per_batch, rows_per_program,
+    stride_xb, stride_xn, stride_yb, stride_yn,
+    out_ptr, normed_ptr,
+    C: tl.constexpr, COVER: tl.constexpr, BLOCK_M: tl.constexpr, GATE_STRIDE: tl.constexpr, ALIGN: tl.constexpr,
+):  # fmt: skip
     """``out = x + keep * tanh(gate) * y`` and, if there is a weight, its LayerNorm; both contiguous."""
     first = tl.program_id(0) * rows_per_program
     last = tl.minimum(first + rows_per_program, num_rows)
@@ -133,24 +106,11 @@ def launch_forward(
     align = common_alignment(x, y)
     with device_guard(x):
         forward_kernel[(programs,)](
-            x,
-            y,
-            gate.contiguous(),
-            None if keep is None else keep.contiguous(),
+            x, y, gate.contiguous(), None if keep is None else keep.contiguous(),
             None if norm_weight is None else norm_weight.contiguous(),
-            None if norm_bias is None else norm_bias.contiguous(),
-            options.norm_eps,
-            rows,
-            x.shape[1],
-            share,
-            *row_strides(align, x, y),
-            out,
-            normed,
-            C=channels,
-            COVER=config.cover,
-            BLOCK_M=config.block_m,
-            GATE_STRIDE=int(gate.shape[0] > 1),
-            ALIGN=align,
+            None if norm_bias is None else norm_bias.contiguous(), options.norm_eps, rows, x.shape[1], share,
+            *row_strides(align, x, y), out, normed,
+            C=channels, COVER=config.cover, BLOCK_M=config.block_m, GATE_STRIDE=int(gate.shape[0] > 1), ALIGN=align,
             **config.options(),
-        )
+        )  # fmt: skip
     return out, normed

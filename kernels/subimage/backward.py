@@ -87,35 +87,18 @@ def launch_backward(
     sizes = (tokens, max_tokens, heads)
     with device_guard(q):
         delta_kernel[grid(DELTA_ROWS, False)](
-            out,
-            grad,
-            lengths,
-            *sizes,
-            *strides(out, grad),
-            delta,
-            COVER=config_q.cover,
-            BLOCK_M=DELTA_ROWS,
-            num_warps=4,
-            **shared,
-        )
+            out, grad, lengths, *sizes, *strides(out, grad), delta,
+            COVER=config_q.cover, BLOCK_M=DELTA_ROWS, num_warps=4, **shared,
+        )  # fmt: skip
         inputs = (q, k, v, grad, lse, delta, lengths, options.scale, *sizes)
         key_value_kernel[grid(config_kv.block_n, config_kv.peel)](
-            *inputs,
-            *strides(q, k, v, grad, dk, dv),
-            dk,
-            dv,
-            MASKED=masked(config_kv.block_m, config_kv.peel),
-            **_constants(config_kv, options.is_causal),
-            **shared,
-        )
+            *inputs, *strides(q, k, v, grad, dk, dv), dk, dv,
+            MASKED=masked(config_kv.block_m, config_kv.peel), **_constants(config_kv, options.is_causal), **shared,
+        )  # fmt: skip
         query_kernel[grid(config_q.block_m, config_q.peel)](
-            *inputs,
-            *strides(q, k, v, grad, dq),
-            dq,
-            MASKED=masked(config_q.block_n, config_q.peel),
-            **_constants(config_q, options.is_causal),
-            **shared,
-        )
+            *inputs, *strides(q, k, v, grad, dq), dq,
+            MASKED=masked(config_q.block_n, config_q.peel), **_constants(config_q, options.is_causal), **shared,
+        )  # fmt: skip
     if options.rope_cos is not None:
         for x in (dq, dk):
             launch_rotate(x, options, out=x, transpose=True)

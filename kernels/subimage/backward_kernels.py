@@ -14,6 +14,7 @@ import triton.language as tl
 
 from infimm_fast.kernels.common.tiles import (
     LOG2_E,
+    UNSPECIALISED,
     add_product,
     add_weighted_rows,
     head_start,
@@ -28,33 +29,6 @@ from infimm_fast.kernels.common.tiles import (
     zero_tile,
 )
 
-_UNSPECIALISED = [
-    "num_tokens",
-    "max_tokens",
-    "num_heads",
-    "stride_qb",
-    "stride_qn",
-    "stride_qh",
-    "stride_kb",
-    "stride_kn",
-    "stride_kh",
-    "stride_vb",
-    "stride_vn",
-    "stride_vh",
-    "stride_gb",
-    "stride_gn",
-    "stride_gh",
-    "stride_ob",
-    "stride_on",
-    "stride_oh",
-    "stride_xb",
-    "stride_xn",
-    "stride_xh",
-    "stride_yb",
-    "stride_yn",
-    "stride_yh",
-]
-
 
 @triton.jit
 def load_statistics(lse_ptr, delta_ptr, start, length, ROWS: tl.constexpr):
@@ -67,26 +41,9 @@ def load_statistics(lse_ptr, delta_ptr, start, length, ROWS: tl.constexpr):
 
 @triton.jit
 def add_queries(
-    dk,
-    dv,
-    k,
-    v,
-    q_ptr,
-    grad_ptr,
-    lse_ptr,
-    delta_ptr,
-    o_query,
-    o_grad,
-    key_index,
-    start,
-    length,
-    scale_log2,
-    D: tl.constexpr,
-    COVER: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    MASKED: tl.constexpr,
-    CAUSAL: tl.constexpr,
-):
+    dk, dv, k, v, q_ptr, grad_ptr, lse_ptr, delta_ptr, o_query, o_grad, key_index, start, length, scale_log2,
+    D: tl.constexpr, COVER: tl.constexpr, BLOCK_M: tl.constexpr, MASKED: tl.constexpr, CAUSAL: tl.constexpr,
+):  # fmt: skip
     """Add the share of BLOCK_M queries to dk and dv; everything is transposed, ``[keys, queries]``."""
     q = load_tile(q_ptr, o_query, length - start, D, COVER, MASKED)  # [BLOCK_M, D]
     lse, delta = load_statistics(lse_ptr, delta_ptr, start, length, BLOCK_M)
@@ -99,50 +56,15 @@ def add_queries(
     return add_product(dk, ds, q, COVER), dv
 
 
-@triton.jit(do_not_specialize=_UNSPECIALISED)
+@triton.jit(do_not_specialize=UNSPECIALISED)
 def key_value_kernel(
-    q_ptr,
-    k_ptr,
-    v_ptr,
-    grad_ptr,
-    lse_ptr,
-    delta_ptr,
-    lengths_ptr,
-    scale,
-    num_tokens,
-    max_tokens,
-    num_heads,
-    stride_qb,
-    stride_qn,
-    stride_qh,
-    stride_kb,
-    stride_kn,
-    stride_kh,
-    stride_vb,
-    stride_vn,
-    stride_vh,
-    stride_gb,
-    stride_gn,
-    stride_gh,
-    stride_xb,
-    stride_xn,
-    stride_xh,
-    stride_yb,
-    stride_yn,
-    stride_yh,
-    dk_ptr,
-    dv_ptr,
-    D: tl.constexpr,
-    COVER: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    PEEL: tl.constexpr,
-    MASKED: tl.constexpr,
-    ALIGN: tl.constexpr,
-    WIDE: tl.constexpr,
-    PACKED: tl.constexpr,
-    CAUSAL: tl.constexpr,
-):
+    q_ptr, k_ptr, v_ptr, grad_ptr, lse_ptr, delta_ptr, lengths_ptr, scale, num_tokens, max_tokens, num_heads,
+    stride_qb, stride_qn, stride_qh, stride_kb, stride_kn, stride_kh, stride_vb, stride_vn, stride_vh, stride_gb, stride_gn,
+    stride_gh, stride_xb, stride_xn, stride_xh, stride_yb, stride_yn, stride_yh,
+    dk_ptr, dv_ptr,
+    D: tl.constexpr, COVER: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PEEL: tl.constexpr,
+    MASKED: tl.constexpr, ALIGN: tl.constexpr, WIDE: tl.constexpr, PACKED: tl.constexpr, CAUSAL: tl.constexpr,
+):  # fmt: skip
     """Compute dk (strides x) and dv (strides y) of BLOCK_N keys; with PEEL, block 0 is the first key alone."""
     num_blocks = tl.cdiv(max_tokens - PEEL, BLOCK_N) + PEEL
     block, batch, head, first, length, stored = locate(
@@ -217,25 +139,9 @@ def key_value_kernel(
 
 @triton.jit
 def add_keys(
-    dq,
-    q,
-    grad,
-    lse,
-    delta,
-    k_ptr,
-    v_ptr,
-    o_key,
-    o_value,
-    query_index,
-    start,
-    length,
-    scale_log2,
-    D: tl.constexpr,
-    COVER: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    MASKED: tl.constexpr,
-    CAUSAL: tl.constexpr,
-):
+    dq, q, grad, lse, delta, k_ptr, v_ptr, o_key, o_value, query_index, start, length, scale_log2,
+    D: tl.constexpr, COVER: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr, CAUSAL: tl.constexpr,
+):  # fmt: skip
     """Add the share of BLOCK_N keys to dq."""
     k = load_tile(k_ptr, o_key, length - start, D, COVER, MASKED)  # [BLOCK_N, D]
     v = load_tile(v_ptr, o_value, length - start, D, COVER, MASKED)
@@ -251,46 +157,15 @@ def add_keys(
     return add_product(dq, ds, k, COVER)
 
 
-@triton.jit(do_not_specialize=_UNSPECIALISED)
+@triton.jit(do_not_specialize=UNSPECIALISED)
 def query_kernel(
-    q_ptr,
-    k_ptr,
-    v_ptr,
-    grad_ptr,
-    lse_ptr,
-    delta_ptr,
-    lengths_ptr,
-    scale,
-    num_tokens,
-    max_tokens,
-    num_heads,
-    stride_qb,
-    stride_qn,
-    stride_qh,
-    stride_kb,
-    stride_kn,
-    stride_kh,
-    stride_vb,
-    stride_vn,
-    stride_vh,
-    stride_gb,
-    stride_gn,
-    stride_gh,
-    stride_xb,
-    stride_xn,
-    stride_xh,
+    q_ptr, k_ptr, v_ptr, grad_ptr, lse_ptr, delta_ptr, lengths_ptr, scale, num_tokens, max_tokens, num_heads,
+    stride_qb, stride_qn, stride_qh, stride_kb, stride_kn, stride_kh, stride_vb, stride_vn, stride_vh, stride_gb, stride_gn,
+    stride_gh, stride_xb, stride_xn, stride_xh,
     dq_ptr,
-    D: tl.constexpr,
-    COVER: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    PEEL: tl.constexpr,
-    MASKED: tl.constexpr,
-    ALIGN: tl.constexpr,
-    WIDE: tl.constexpr,
-    PACKED: tl.constexpr,
-    CAUSAL: tl.constexpr,
-):
+    D: tl.constexpr, COVER: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PEEL: tl.constexpr,
+    MASKED: tl.constexpr, ALIGN: tl.constexpr, WIDE: tl.constexpr, PACKED: tl.constexpr, CAUSAL: tl.constexpr,
+):  # fmt: skip
     """Compute dq (strides x) of BLOCK_M queries; with PEEL, block 0 is the first query alone."""
     num_blocks = tl.cdiv(max_tokens - PEEL, BLOCK_M) + PEEL
     block, batch, head, first, length, stored = locate(

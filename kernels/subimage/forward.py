@@ -28,6 +28,7 @@ from infimm_fast.kernels.common.launch import (
 from infimm_fast.kernels.common.tiles import (
     LN_2,
     LOG2_E,
+    UNSPECIALISED,
     add_product,
     add_weighted_rows,
     head_start,
@@ -48,24 +49,9 @@ from infimm_fast.kernels.subimage.rotate import contiguous_tables, rotate_tile, 
 
 @triton.jit
 def attend_block(
-    q,
-    acc,
-    m,
-    total,
-    k_ptr,
-    v_ptr,
-    o_key,
-    o_value,
-    query_index,
-    key_start,
-    length,
-    scale_log2,
-    D: tl.constexpr,
-    COVER: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    MASKED: tl.constexpr,
-    CAUSAL: tl.constexpr,
-):
+    q, acc, m, total, k_ptr, v_ptr, o_key, o_value, query_index, key_start, length, scale_log2,
+    D: tl.constexpr, COVER: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr, CAUSAL: tl.constexpr,
+):  # fmt: skip
     """One step of the online softmax over BLOCK_N keys; without MASKED all of them are visible to every query."""
     k = load_tile(k_ptr, o_key, length - key_start, D, COVER, MASKED)  # [BLOCK_N, D]
     scores = scores_of(q, k, COVER)  # [BLOCK_M, BLOCK_N]
@@ -85,22 +71,9 @@ def attend_block(
 
 @triton.jit
 def attend_first_query(
-    q,
-    acc,
-    m,
-    total,
-    k_ptr,
-    v_ptr,
-    step_k,
-    step_v,
-    o_key,
-    o_value,
-    length,
-    scale_log2,
-    D: tl.constexpr,
-    COVER: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
+    q, acc, m, total, k_ptr, v_ptr, step_k, step_v, o_key, o_value, length, scale_log2,
+    D: tl.constexpr, COVER: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
     """The online softmax of one query over keys 1, 2, ... on plain fp32 arithmetic."""
     for start in range(1, length, BLOCK_N):
         k = load_tile(k_ptr + start * step_k, o_key, length - start, D, COVER, True)  # [BLOCK_N, D]
@@ -116,58 +89,15 @@ def attend_first_query(
     return acc, m, total
 
 
-@triton.jit(
-    do_not_specialize=[
-        "num_tokens",
-        "max_tokens",
-        "num_heads",
-        "rope_prefix",
-        "stride_qb",
-        "stride_qn",
-        "stride_qh",
-        "stride_kb",
-        "stride_kn",
-        "stride_kh",
-        "stride_vb",
-        "stride_vn",
-        "stride_vh",
-    ]
-)
+@triton.jit(do_not_specialize=UNSPECIALISED)
 def forward_kernel(
-    q_ptr,
-    k_ptr,
-    v_ptr,
-    cos_ptr,
-    sin_ptr,
-    lengths_ptr,
-    scale,
-    num_tokens,
-    max_tokens,
-    num_heads,
-    rope_prefix,
-    stride_qb,
-    stride_qn,
-    stride_qh,
-    stride_kb,
-    stride_kn,
-    stride_kh,
-    stride_vb,
-    stride_vn,
-    stride_vh,
-    out_ptr,
-    lse_ptr,
-    D: tl.constexpr,
-    COVER: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    PEEL: tl.constexpr,
-    MASKED: tl.constexpr,
-    ALIGN: tl.constexpr,
-    WIDE: tl.constexpr,
-    PACKED: tl.constexpr,
-    CAUSAL: tl.constexpr,
+    q_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, lengths_ptr, scale, num_tokens, max_tokens, num_heads, rope_prefix,
+    stride_qb, stride_qn, stride_qh, stride_kb, stride_kn, stride_kh, stride_vb, stride_vn, stride_vh,
+    out_ptr, lse_ptr,
+    D: tl.constexpr, COVER: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PEEL: tl.constexpr,
+    MASKED: tl.constexpr, ALIGN: tl.constexpr, WIDE: tl.constexpr, PACKED: tl.constexpr, CAUSAL: tl.constexpr,
     INTERLEAVED: tl.constexpr,
-):
+):  # fmt: skip
     """BLOCK_M queries of one head; with PEEL, block 0 is the first query alone."""
     num_blocks = tl.cdiv(max_tokens - PEEL, BLOCK_M) + PEEL
     block, batch, head, first, length, stored = locate(
@@ -282,31 +212,11 @@ def launch_forward(
     strides = [stride // align for tensor in (q, k, v) for stride in head_strides(tensor)]
     with device_guard(q):
         forward_kernel[(blocks * heads * options.sequences(batch),)](
-            q,
-            k,
-            v,
-            options.rope_cos,
-            options.rope_sin,
-            lengths,
-            options.scale,
-            tokens,
-            max_tokens,
-            heads,
-            options.rope_prefix,
-            *strides,
-            out,
-            lse,
-            D=head_dim,
-            COVER=config.cover,
-            BLOCK_M=config.block_m,
-            BLOCK_N=config.block_n,
-            PEEL=int(config.peel),
+            q, k, v, options.rope_cos, options.rope_sin, lengths, options.scale, tokens, max_tokens, heads,
+            options.rope_prefix, *strides, out, lse,
+            D=head_dim, COVER=config.cover, BLOCK_M=config.block_m, BLOCK_N=config.block_n, PEEL=int(config.peel),
             MASKED=options.is_causal or lengths is not None or (max_tokens - config.peel) % config.block_n != 0,
-            ALIGN=align,
-            WIDE=rows_are_wide(max(config.block_m, config.block_n), q, k, v, out),
-            PACKED=options.packed,
-            CAUSAL=options.is_causal,
-            INTERLEAVED=options.rope_interleaved,
-            **config.options(),
-        )
+            ALIGN=align, WIDE=rows_are_wide(max(config.block_m, config.block_n), q, k, v, out), PACKED=options.packed,
+            CAUSAL=options.is_causal, INTERLEAVED=options.rope_interleaved, **config.options(),
+        )  # fmt: skip
     return out, lse

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from infimm_fast.kernels.common.launch import common_alignment, device_guard, head_strides, rows_are_wide
-from infimm_fast.kernels.common.tiles import head_start, piece_start, piece_width, row_offsets
+from infimm_fast.kernels.common.tiles import UNSPECIALISED, head_start, piece_start, piece_width, row_offsets
 from infimm_fast.kernels.subimage.options import Options
 
 ROTATE_ROWS = 64
@@ -20,18 +20,9 @@ ROTATE_ROWS = 64
 
 @triton.jit
 def rotate_piece(
-    block,
-    ptr,
-    o_row,
-    rows_left,
-    angle_row,
-    cos_ptr,
-    sin_ptr,
-    D: tl.constexpr,
-    START: tl.constexpr,
-    WIDTH: tl.constexpr,
-    INTERLEAVED: tl.constexpr,
-):
+    block, ptr, o_row, rows_left, angle_row, cos_ptr, sin_ptr,
+    D: tl.constexpr, START: tl.constexpr, WIDTH: tl.constexpr, INTERLEAVED: tl.constexpr,
+):  # fmt: skip
     """Rotate ``[rows, WIDTH]``; the partners, which may lie in another piece, are loaded again."""
     o_d = START + tl.arange(0, WIDTH)[None, :]
     if INTERLEAVED:
@@ -53,17 +44,9 @@ def rotate_piece(
 
 @triton.jit
 def rotate_tile(
-    tile,
-    ptr,
-    o_row,
-    rows_left,
-    angle_row,
-    cos_ptr,
-    sin_ptr,
-    D: tl.constexpr,
-    COVER: tl.constexpr,
-    INTERLEAVED: tl.constexpr,
-):
+    tile, ptr, o_row, rows_left, angle_row, cos_ptr, sin_ptr,
+    D: tl.constexpr, COVER: tl.constexpr, INTERLEAVED: tl.constexpr,
+):  # fmt: skip
     """Rotate a tile that was loaded from `ptr`; rounded back to its dtype."""
     result = ()
     for i in tl.static_range(len(COVER)):
@@ -85,41 +68,14 @@ def rotate_tile(
     return result
 
 
-@triton.jit(
-    do_not_specialize=[
-        "num_tokens",
-        "num_heads",
-        "prefix",
-        "stride_xb",
-        "stride_xn",
-        "stride_xh",
-        "stride_ob",
-        "stride_on",
-        "stride_oh",
-    ]
-)
+@triton.jit(do_not_specialize=UNSPECIALISED)
 def rotate_kernel(
-    x_ptr,
-    cos_ptr,
-    sin_ptr,
-    num_tokens,
-    num_heads,
-    prefix,
-    stride_xb,
-    stride_xn,
-    stride_xh,
-    stride_ob,
-    stride_on,
-    stride_oh,
+    x_ptr, cos_ptr, sin_ptr, num_tokens, num_heads, prefix,
+    stride_xb, stride_xn, stride_xh, stride_ob, stride_on, stride_oh,
     out_ptr,
-    D: tl.constexpr,
-    HALF: tl.constexpr,
-    ROWS: tl.constexpr,
-    ALIGN: tl.constexpr,
-    WIDE: tl.constexpr,
-    INTERLEAVED: tl.constexpr,
-    TRANSPOSE: tl.constexpr,
-):
+    D: tl.constexpr, HALF: tl.constexpr, ROWS: tl.constexpr, ALIGN: tl.constexpr, WIDE: tl.constexpr,
+    INTERLEAVED: tl.constexpr, TRANSPOSE: tl.constexpr,
+):  # fmt: skip
     """Rotate ROWS tokens of one head, pair by pair, so that `out_ptr` may be `x_ptr`."""
     pid = tl.program_id(0)
     num_blocks = tl.cdiv(num_tokens, ROWS)
@@ -190,21 +146,9 @@ def launch_rotate(x: torch.Tensor, options: Options, *, out: torch.Tensor, trans
     grid = (triton.cdiv(tokens, ROTATE_ROWS) * batch * heads,)
     with device_guard(x):
         rotate_kernel[grid](
-            x,
-            options.rope_cos,
-            options.rope_sin,
-            tokens,
-            heads,
-            options.rope_prefix,
-            *(stride // align for stride in head_strides(x)),
-            *(stride // align for stride in head_strides(out)),
-            out,
-            D=head_dim,
-            HALF=triton.next_power_of_2(head_dim // 2),
-            ROWS=ROTATE_ROWS,
-            ALIGN=align,
-            WIDE=rows_are_wide(ROTATE_ROWS, x, out),
-            INTERLEAVED=options.rope_interleaved,
-            TRANSPOSE=transpose,
+            x, options.rope_cos, options.rope_sin, tokens, heads, options.rope_prefix,
+            *(stride // align for stride in head_strides(x)), *(stride // align for stride in head_strides(out)), out,
+            D=head_dim, HALF=triton.next_power_of_2(head_dim // 2), ROWS=ROTATE_ROWS, ALIGN=align,
+            WIDE=rows_are_wide(ROTATE_ROWS, x, out), INTERLEAVED=options.rope_interleaved, TRANSPOSE=transpose,
             num_warps=4,
-        )
+        )  # fmt: skip
