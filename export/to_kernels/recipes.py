@@ -8,20 +8,22 @@ from typing import Any
 
 import torch
 
+from infimm_fast.dtypes import dtype_name
 from infimm_fast.export.to_kernels.sources import (
     CROSS_ROWS,
-    choose_cross_config,
-    choose_subimage_config,
     cross_attention_source,
     subimage_source,
 )
+from infimm_fast.kernels.common.cases import Case, Job
 from infimm_fast.kernels.common.offline import KernelSource, Launch, recorded_launches, source_of
-from infimm_fast.kernels.interval.options import Options as IntervalOptions
+from infimm_fast.kernels.interval.cases import OP as CROSS
+from infimm_fast.kernels.interval.cases import make_sizes
+from infimm_fast.kernels.subimage.cases import OP as SUBIMAGE
 from infimm_fast.kernels.subimage.config import SHORT
-from infimm_fast.kernels.subimage.options import Options
 
 # Sizes of the recorded calls; no kernel is specialised for them, but for a token count's remainder.
-TILES, TOKENS, KEYS = 2, 1025, 10250
+TILES, TOKENS = 2, 1025
+_META = torch.device("meta")
 
 
 @dataclass(frozen=True)
@@ -150,18 +152,11 @@ def _cross_entry(rows: int) -> Callable[[Request], KernelSource]:
 
 def _subimage(tokens: int, *, peel: bool = True, rope: bool = False) -> Callable[[Request], int]:
     def run(request: Request) -> int:
-        from infimm_fast.kernels.subimage.forward import launch_forward
-
-        head_dim = request.head_dim
-        packed = torch.empty((TILES, tokens, 3, request.heads, head_dim), dtype=request.dtype, device="meta")
-        config = choose_subimage_config("forward", head_dim, request.dtype, tokens, request.sm, rope=rope)
-        config = replace(config, peel=config.peel and peel)
-        options = Options(head_dim**-0.5)
-        if rope:
-            table = torch.empty((tokens - 1, head_dim), device="meta")
-            options = options._replace(rope_cos=table, rope_sin=table, rope_prefix=1)
-        q, k, v = packed.unbind(2)
-        launch_forward(q, k, v, options, config=config)
+        sizes = {"tiles": TILES, "tokens": tokens, "heads": request.heads, "head_dim": request.head_dim, "rope": int(rope)}
+        job = Job("forward", Case("exported", sizes), dtype_name(request.dtype), request.sm)
+        config = SUBIMAGE.config(job)
+        inputs = SUBIMAGE.make_inputs(job.case, request.dtype, _META)
+        SUBIMAGE.launch(job, inputs, replace(config, peel=config.peel and peel))
         return TILES
 
     return run
@@ -169,16 +164,10 @@ def _subimage(tokens: int, *, peel: bool = True, rope: bool = False) -> Callable
 
 def _cross(kernel: str, tokens: int, batch: int = TILES) -> Callable[[Request], int]:
     def run(request: Request) -> int:
-        from infimm_fast.kernels.interval.forward import launch_forward
-
-        def make(*shape: int) -> torch.Tensor:
-            return torch.empty((*shape, request.heads, request.head_dim), dtype=request.dtype, device="meta")
-
-        kv_range = torch.empty((batch, tokens, 2), dtype=torch.int64, device="meta")
-        config = choose_cross_config(kernel, request.head_dim, request.dtype, tokens, request.sm)
-        k, v = make(KEYS, 2).unbind(1)
-        options = IntervalOptions(request.head_dim**-0.5)
-        launch_forward(make(batch, tokens), k, v, kv_range, options, config=config)
+        heads = request.heads
+        sizes = make_sizes(batch, tokens, heads, heads, request.head_dim, shared=1, kv_blocks=1)
+        job = Job(kernel, Case("exported", sizes), dtype_name(request.dtype), request.sm)
+        CROSS.launch(job, CROSS.make_inputs(job.case, request.dtype, _META), CROSS.config(job))
         return batch
 
     return run
