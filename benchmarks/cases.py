@@ -1,14 +1,11 @@
-"""Shapes of real models, and what they cost: FLOPs on true sizes, and the fewest bytes that must move."""
+"""What stages of the model cost: FLOPs on true sizes, and the fewest bytes that must move."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
-import torch
 from transformers import PretrainedConfig
 
-from infimm_fast.benchmarks.registry import DTYPES
-from infimm_fast.models.infimm_hd.configuration_infimm_hd import InfiMMHDConfig, InfiMMHDVisionConfig
+from infimm_fast.dtypes import DTYPES
+from infimm_fast.models.infimm_hd.configuration_infimm_hd import InfiMMHDConfig
 from infimm_fast.models.infimm_hd.costs import (
     attention_flops,
     gated_block_flops,
@@ -17,51 +14,6 @@ from infimm_fast.models.infimm_hd.costs import (
     vision_layers,
     vision_linear_flops,
 )
-
-# Attention's backward pass multiplies five matrices where the forward multiplies two.
-BACKWARD_FACTOR = 2.5
-
-
-@dataclass(frozen=True)
-class TowerShape:
-    """The attention of a vision tower: a batch of tiles, self-attention inside each."""
-
-    tiles: int
-    tokens: int
-    heads: int
-    head_dim: int
-
-
-# By published configurations. Tiles of a large picture, or of the model's own limit.
-TOWERS = {
-    # 448 px, patch 14, class token; a 3 x 3 grid and the thumbnail.
-    "InfiMM-HD": TowerShape(tiles=10, tokens=1025, heads=16, head_dim=112),
-    # EVA02-CLIP-L at 336 px: one tile.
-    "InfiMM-Zephyr": TowerShape(tiles=1, tokens=577, heads=16, head_dim=64),
-    # so400m, patch 14, 384 px, no class token; four tiles and the thumbnail.
-    "SigLIP": TowerShape(tiles=5, tokens=729, heads=16, head_dim=72),
-    # Llama-3.2-Vision: 560 px, four tiles of 1601 tokens padded to 1608 that see each other.
-    "Mllama": TowerShape(tiles=1, tokens=6432, heads=16, head_dim=80),
-    # InternViT-300M at 448 px; twelve tiles and the thumbnail.
-    "InternViT": TowerShape(tiles=13, tokens=1025, heads=16, head_dim=64),
-    # CLIP-L at 336 px as in LLaVA-NeXT; four tiles and the thumbnail.
-    "CLIP-L": TowerShape(tiles=5, tokens=577, heads=16, head_dim=64),
-}
-
-
-def tower_shape(config: InfiMMHDVisionConfig, tiles: int) -> TowerShape:
-    """Return the attention shape of a configured tower on so many tiles."""
-    return TowerShape(tiles, config.tokens_per_tile, config.num_attention_heads, config.head_dim)
-
-
-def item_size(dtype: str) -> int:
-    """Return the bytes of one number."""
-    return torch.finfo(DTYPES[dtype]).bits // 8
-
-
-def self_attention_flops(shape: TowerShape) -> int:
-    """Operations of a tower's attention in one layer."""
-    return shape.tiles * attention_flops(shape.tokens, shape.tokens, shape.heads * shape.head_dim)
 
 
 def vision_flops(config: InfiMMHDConfig, tiles: int) -> int:
@@ -128,7 +80,7 @@ def language_bytes(config: InfiMMHDConfig, dtype: str, rows: int, new: int, past
     visual = 2 * config.cross_attention_heads * config.cross_attention_head_dim * visual_tokens * len(config.gated_layers)
     weights = _decoder_layer_parameters(text) * text.num_hidden_layers + text.hidden_size * text.vocab_size
     weights += gated_block_parameters(config) * len(config.gated_layers)
-    return (weights + cache + visual) * item_size(dtype)
+    return (weights + cache + visual) * DTYPES[dtype].itemsize
 
 
 def vision_bytes(config: InfiMMHDConfig, dtype: str, tiles: int) -> int:
@@ -137,4 +89,4 @@ def vision_bytes(config: InfiMMHDConfig, dtype: str, tiles: int) -> int:
     matrices = 3 if vision.mlp_type == "swiglu" else 2
     weights = vision_layers(config) * (4 * vision.hidden_size**2 + matrices * vision.hidden_size * vision.intermediate_size)
     pixels = tiles * vision.num_channels * vision.image_size**2
-    return (weights + pixels + tiles * vision.tokens_per_tile * vision.hidden_size) * item_size(dtype)
+    return (weights + pixels + tiles * vision.tokens_per_tile * vision.hidden_size) * DTYPES[dtype].itemsize

@@ -30,6 +30,10 @@ class Ceilings:
         by_matmul, by_copy = flops / (self.matmul_tflops * 1e9), moved_bytes / (self.copy_gb_s * 1e6)
         return (by_matmul, "matmul") if by_matmul >= by_copy else (by_copy, "copy")
 
+    def raised_by(self, other: Ceilings) -> Ceilings:
+        """Return the higher one of each rate."""
+        return Ceilings(max(self.matmul_tflops, other.matmul_tflops), max(self.copy_gb_s, other.copy_gb_s))
+
 
 def measure_ceilings(dtype: torch.dtype, timer: Timer) -> Ceilings:
     """Measure the ceilings of one dtype; random data, since zeros run faster than any real product."""

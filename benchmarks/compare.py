@@ -12,13 +12,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from infimm_fast.benchmarks.display import print_table
 from infimm_fast.benchmarks.report import Report, Row
 from infimm_fast.errors import ConfigurationError
 
 # Medians of the same code differ by a few percent from process to process, whatever the spread inside each.
 NOISE_FLOOR = 0.03
-
-Key = tuple[str, str, str, str, str]
+# In place of a file or revision: run what is installed.
+NOW = "now"
 
 
 @dataclass(frozen=True)
@@ -26,8 +27,7 @@ class Comparison:
     """One row of both runs.
 
     Attributes:
-        op: name of the op.
-        case: name of the case and its dtype.
+        case: names of the stage and the case, and the dtype.
         implementation: its name.
         mode: "eager" or "graph".
         before_ms: median of the first run, or None without a figure.
@@ -36,7 +36,6 @@ class Comparison:
             least `NOISE_FLOOR`.
     """
 
-    op: str
     case: str
     implementation: str
     mode: str
@@ -47,19 +46,23 @@ class Comparison:
     @property
     def ratio(self) -> float | None:
         """Time after over time before."""
-        if self.before_ms is None or self.after_ms is None:
-            return None
-        return self.after_ms / self.before_ms
+        return self.after_ms / self.before_ms if self.before_ms and self.after_ms else None
 
     @property
     def verdict(self) -> str:
         """Say "slower", "faster", "lost" (a figure that is gone), "new", or "" within the noise."""
-        if self.before_ms is None or self.after_ms is None:
+        if self.ratio is None:
             return "lost" if self.before_ms is not None else "new" if self.after_ms is not None else ""
-        ratio = self.after_ms / self.before_ms
-        if ratio > 1 + self.noise:
+        if self.ratio > 1 + self.noise:
             return "slower"
-        return "faster" if ratio < 1 / (1 + self.noise) else ""
+        return "faster" if self.ratio < 1 / (1 + self.noise) else ""
+
+    @property
+    def cells(self) -> tuple[str, ...]:
+        """The row of a table below the case."""
+        times = ("" if time is None else f"{time:.4g}" for time in (self.before_ms, self.after_ms))
+        ratio = "" if self.ratio is None else f"{self.ratio:.3f}"
+        return self.implementation, self.mode, *times, ratio, f"{self.noise:.1%}", self.verdict
 
 
 def compare(before: Report, after: Report) -> list[Comparison]:
@@ -72,23 +75,20 @@ def compare(before: Report, after: Report) -> list[Comparison]:
     if devices[0] != devices[1]:
         raise ConfigurationError(f"runs on {devices[0]!r} and {devices[1]!r} cannot be compared; use runs of one device")
     first, second = dict(_rows(before)), dict(_rows(after))
-    comparisons = [
-        Comparison(
-            key[0], f"{key[1]}, {key[2]}", key[3], key[4], first[key].median_ms, second[key].median_ms,
-            max(NOISE_FLOOR, math.hypot(_spread(first[key]), _spread(second[key]))),
-        )
-        for key in first
-        if key in second
-    ]  # fmt: skip
+    comparisons = []
+    for key, row in first.items():
+        if (other := second.get(key)) is not None:
+            noise = max(NOISE_FLOOR, math.hypot(_spread(row), _spread(other)))
+            comparisons.append(Comparison(*key, row.median_ms, other.median_ms, noise))
     if not comparisons:
         raise ConfigurationError("the two runs have no case in common")
     return comparisons
 
 
-def _rows(report: Report) -> Iterator[tuple[Key, Row]]:
+def _rows(report: Report) -> Iterator[tuple[tuple[str, str, str], Row]]:
     for case in report.cases:
         for row in case.rows:
-            yield (case.op, case.case, case.dtype, row.implementation, row.mode), row
+            yield (f"{case.op}, {case.case}, {case.dtype}", row.implementation, row.mode), row
 
 
 def _spread(row: Row) -> float:
@@ -102,61 +102,57 @@ def is_regression(comparisons: Sequence[Comparison]) -> bool:
     return any(one.verdict in ("slower", "lost") for one in comparisons)
 
 
-HEADER = ("op", "case", "implementation", "mode", "before ms", "after ms", "ratio", "noise", "")
-
-
-def table_rows(comparisons: Sequence[Comparison]) -> list[tuple[str, ...]]:
-    """Return the cells below `HEADER` for every row that has a figure in either run."""
-    return [
-        (
-            one.op,
-            one.case,
-            one.implementation,
-            one.mode,
-            "" if one.before_ms is None else f"{one.before_ms:.4g}",
-            "" if one.after_ms is None else f"{one.after_ms:.4g}",
-            "" if one.ratio is None else f"{one.ratio:.3f}",
-            f"{one.noise:.1%}",
-            one.verdict,
-        )
-        for one in comparisons
-        if one.before_ms is not None or one.after_ms is not None
-    ]
+def show_comparison(before: Report, after: Report) -> list[Comparison]:
+    """Print the rows that have a figure in either run, a table for each case, and return all of them; see `compare`."""
+    comparisons = compare(before, after)
+    for title in dict.fromkeys(one.case for one in comparisons):
+        rows = [one.cells for one in comparisons if one.case == title and (one.before_ms or one.after_ms)]
+        if rows:
+            print_table(title, ("implementation", "mode", "before ms", "after ms", "ratio", "noise", ""), rows)
+    if is_regression(comparisons):
+        print("slower beyond the noise, or without a figure that was there before")
+    return comparisons
 
 
 def load_or_run(source: str, arguments: Sequence[str]) -> Report:
-    """Return the report in a JSON file, or that of a fresh run of a git revision.
+    """Return the report in a JSON file, or that of a fresh run.
 
     Args:
-        source: a file, or a revision of the checkout in the current folder.
-        arguments: of ``python -m infimm_fast.benchmarks.run`` for a revision.
+        source: a file, `NOW` for this very code, or a revision of the checkout in the current folder.
+        arguments: of ``python -m infimm_fast.benchmarks`` for a run.
 
     Raises:
-        ConfigurationError: `source` is neither, or the run failed to leave a report.
+        ConfigurationError: `source` is none of these, or the run failed to leave a report.
     """
     if Path(source).is_file():
         return Report.load(Path(source))
+    if source == NOW:
+        return _run(source, arguments, {})
     git = ["git", "rev-parse", "--verify", "--quiet", f"{source}^{{commit}}"]
     if shutil.which("git") is None or subprocess.run(git, capture_output=True, check=False).returncode:
         raise ConfigurationError(f"{source!r} is neither a file nor a git revision of the current folder's checkout")
-    return run_revision(source, arguments)
+    return _run_revision(source, arguments)
 
 
-def run_revision(revision: str, arguments: Sequence[str]) -> Report:
+def _run_revision(revision: str, arguments: Sequence[str]) -> Report:
     """Check a revision out beside the working tree, install it into a folder of its own, and run its benchmarks there."""
     with tempfile.TemporaryDirectory(prefix="infimm_fast_bench_") as name:
-        tree, site, out = (Path(name) / part for part in ("tree", "site", "out"))
+        tree, site = Path(name) / "tree", Path(name) / "site"
         subprocess.run(["git", "worktree", "add", "--quiet", "--detach", str(tree), revision], check=True)
         try:
             pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation"]
             subprocess.run([*pip, "--target", str(site), str(tree)], check=True)
-            command = [sys.executable, "-m", "infimm_fast.benchmarks.run", *arguments, "--out", str(out)]
             # Before the paths of the environment, where this package is installed too.
-            environment = os.environ | {"PYTHONPATH": str(site)}
-            status = subprocess.run(command, check=False, env=environment, cwd=name).returncode
+            return _run(revision, arguments, {"PYTHONPATH": str(site)})
         finally:
             subprocess.run(["git", "worktree", "remove", "--force", str(tree)], check=True)
-        reports = sorted(out.glob("*.json"))
+
+
+def _run(source: str, arguments: Sequence[str], variables: dict[str, str]) -> Report:
+    with tempfile.TemporaryDirectory(prefix="infimm_fast_bench_") as out:
+        command = [sys.executable, "-m", "infimm_fast.benchmarks", *arguments, "--out", out]
+        status = subprocess.run(command, check=False, env=os.environ | variables, cwd=out).returncode
+        reports = sorted(Path(out).glob("*.json"))
         if not reports:
-            raise ConfigurationError(f"revision {revision!r} left no report; its benchmarks ended with status {status}")
+            raise ConfigurationError(f"{source!r} left no report; its benchmarks ended with status {status}")
         return Report.load(reports[0])

@@ -1,134 +1,88 @@
-"""What a run prints: a live progress bar and tables with rich, plain lines without it."""
+"""Tables on a terminal: with rich where it is installed, as plain columns on a machine that has little else than a GPU."""
 
 from __future__ import annotations
 
-import importlib.util
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+import os
+from collections.abc import Collection, Sequence
 
-from infimm_fast.benchmarks.harness import Progress
-from infimm_fast.benchmarks.report import CaseResult, Report, Row
+from infimm_fast.benchmarks.report import CaseResult, Row
 
-if TYPE_CHECKING:
-    from rich.progress import Progress as ProgressBar
-
-HEADER = ("implementation", "eager ms", "p10-p90", "graph ms", "p10-p90", "TFLOP/s", "of ceiling", "peak MB", "remark")
+_HEADER = ("implementation", "eager ms", "p10-p90", "graph ms", "p10-p90", "TFLOP/s", "of ceiling", "peak MB", "remark")
 
 
-def table_rows(result: CaseResult) -> list[tuple[str, ...]]:
-    """Return the cells below `HEADER`, one line for each implementation; rates are those of its faster launch mode."""
-    lines: list[tuple[str, ...]] = []
-    for name in dict.fromkeys(row.implementation for row in result.rows):
-        modes = {row.mode: row for row in result.rows if row.implementation == name}
-        eager, graph = modes["eager"], modes.get("graph")
-        timed = [row for row in modes.values() if row.median_ms is not None]
-        best = min(timed, key=lambda row: row.median_ms or 0.0, default=eager)
-        remarks = [
-            row.remark if row.mode == "eager" else f"as a graph: {row.remark}" for row in modes.values() if row.remark
-        ]
-        if eager.pictures_per_s is not None:
-            remarks.append(f"{eager.pictures_per_s:.2f} pictures/s")
-        if eager.stages:
-            remarks.append(", ".join(f"{stage} {time:.3g}" for stage, time in eager.stages.items()))
-        lines.append(
-            (
-                name,
-                *_time_cells(eager),
-                *(("", "") if graph is None else _time_cells(graph)),
-                "" if best.tflops is None else f"{best.tflops:.3g}",
-                "" if best.share is None else f"{best.share:.0%}",
-                "" if eager.peak_memory_mb is None else f"{eager.peak_memory_mb:.0f}",
-                "; ".join(remarks),
-            )
-        )
-    return lines
+def print_table(
+    title: str, header: Sequence[str], rows: Sequence[Sequence[str]], caption: str = "", bold: Collection[str] = ()
+) -> None:
+    """Print a table.
+
+    Args:
+        title: above it.
+        header: names of the columns.
+        rows: cells.
+        caption: below it.
+        bold: first cells of rows that stand out.
+    """
+    try:
+        from rich.box import SIMPLE_HEAD
+        from rich.console import Console
+        from rich.table import Table
+        from rich.text import Text
+    except ImportError:
+        widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+        lines = ["  ".join(map(str.ljust, line, widths)).rstrip() for line in (header, *rows)]
+        print("\n".join(line for line in (title, *lines, caption) if line), flush=True)
+        return
+    # A file or a pipe has no width; tables of eighty columns would break every line.
+    plain = not Console().is_terminal and "COLUMNS" not in os.environ
+    table = Table(*header, box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    for row in rows:
+        table.add_row(*map(Text, row), style="bold" if row[0] in bold else None)
+    above = [Text(title, style="bold")] if title else []
+    Console(width=180 if plain else None).print(*above, table, Text(caption), sep="\n")
 
 
-def _time_cells(row: Row) -> tuple[str, str]:
-    if row.median_ms is None:
+def show_case(result: CaseResult) -> None:
+    """Print the rows of one case; its name stands above already."""
+    ours = {row.implementation for row in result.rows if row.ours}
+    print_table("", *case_table(result), bound_line(result), ours)
+
+
+def case_table(result: CaseResult) -> tuple[list[str], list[list[str]]]:
+    """Return header and cells, one line for each implementation; rates are those of its faster launch mode.
+
+    A column without a single figure (graphs and memory on a CPU) only takes room, and is left out.
+    """
+    names = dict.fromkeys(row.implementation for row in result.rows)
+    lines = [_cells([row for row in result.rows if row.implementation == name]) for name in names]
+    kept = [index for index in range(len(_HEADER)) if index == 0 or any(line[index] for line in lines)]
+    return [_HEADER[index] for index in kept], [[line[index] for index in kept] for line in lines]
+
+
+def _cells(rows: list[Row]) -> list[str]:
+    modes = {row.mode: row for row in rows}
+    eager = modes["eager"]
+    best = min((row for row in rows if row.median_ms), key=lambda row: row.median_ms or 0.0, default=eager)
+    remarks = [row.remark if row.mode == "eager" else f"as a graph: {row.remark}" for row in rows if row.remark]
+    if best.share is not None and best.share > 1:
+        remarks.append("ABOVE the measured ceiling")
+    if eager.pictures_per_s is not None:
+        remarks.append(f"{eager.pictures_per_s:.2f} pictures/s")
+    if eager.stages:
+        remarks.append(", ".join(f"{stage} {time:.3g}" for stage, time in eager.stages.items()))
+    rates = [
+        "" if best.tflops is None else f"{best.tflops:.3g}",
+        "" if best.share is None else f"{best.share:.0%}",
+        "" if eager.peak_memory_mb is None else f"{eager.peak_memory_mb:.0f}",
+    ]
+    return [eager.implementation, *_times(eager), *_times(modes.get("graph")), *rates, "; ".join(remarks)]
+
+
+def _times(row: Row | None) -> tuple[str, str]:
+    if row is None or row.median_ms is None:
         return "", ""
     return f"{row.median_ms:.4g}", f"{row.p10_ms:.4g}-{row.p90_ms:.4g}"
 
 
-def case_title(result: CaseResult) -> str:
-    """Return what stands above a case's table."""
-    bound = {"matmul": "matrix products", "copy": "memory"}[result.bound]
-    gpu = f"; {', '.join(result.gpu.values())}" if result.gpu else ""
-    return f"{result.op}, {result.case}, {result.dtype} (bound by {bound}{gpu})"
-
-
-def ceilings_line(report: Report) -> str:
-    """Return the measured ceilings in words, to stand in a sentence."""
-    rates = report.ceilings
-    return f"ceilings: matrix products {rates['matmul_tflops']:.4g} TFLOP/s, copies {rates['copy_gb_s']:.4g} GB/s"
-
-
-class Display:
-    """Shows a run on the terminal; use as a context manager around it."""
-
-    def __init__(self) -> None:
-        self.bar: ProgressBar | None = None
-        self.task: Any = None
-        self._rich = importlib.util.find_spec("rich") is not None
-
-    def __enter__(self) -> Progress:
-        if self._rich:
-            from rich.console import Console
-            from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
-            from rich.progress import Progress as ProgressBar
-
-            # A file or a pipe has no width; tables of eighty columns would be unreadable.
-            console = Console() if Console().is_terminal else Console(width=180)
-            columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
-            self.bar = ProgressBar(*columns, console=console, transient=True)
-            self.bar.start()
-        return Progress(self._start, self._case, self._done)
-
-    def __exit__(self, *exception: object) -> None:
-        if self.bar is not None:
-            self.bar.stop()
-
-    def print(self, line: str) -> None:
-        """Print a line."""
-        if self.bar is not None:
-            self.bar.console.print(line, highlight=False, markup=False)
-        else:
-            print(line, flush=True)
-
-    def _start(self, report: Report, cases: int) -> None:
-        environment = report.environment
-        self.print(report.title)
-        self.print(
-            f"{environment['device']}, torch {environment['torch']}, triton {environment['triton'] or 'not installed'}, "
-            f"{environment['threads']} threads, commit {environment['commit']}"
-        )
-        self.print(ceilings_line(report))
-        if self.bar is not None:
-            self.task = self.bar.add_task("", total=cases)
-
-    def _case(self, name: str) -> None:
-        if self.bar is not None:
-            self.bar.update(self.task, description=name)
-
-    def _done(self, result: CaseResult, report: Report) -> None:
-        if self.bar is not None:
-            from rich.markup import escape
-            from rich.table import Table
-
-            ours = {row.implementation for row in result.rows if row.ours}
-            table = Table(*HEADER, title=escape(case_title(result)), title_justify="left")
-            for cells in table_rows(result):
-                escaped = [escape(cell) for cell in cells]
-                table.add_row(f"[bold]{escaped[0]}[/]" if cells[0] in ours else escaped[0], *escaped[1:])
-            self.bar.console.print(table)
-            self.bar.advance(self.task)
-        else:
-            self.print(case_title(result))
-            print(plain_table(HEADER, table_rows(result)), flush=True)
-
-
-def plain_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Return columns of text, as wide as they need to be."""
-    lines = [header, *rows]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
-    return "\n".join("  " + "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in lines)
+def bound_line(result: CaseResult) -> str:
+    """Return what binds a case, and the state of the GPU after it."""
+    return ", ".join([f"bound by {'matrix products' if result.bound == 'matmul' else 'memory'}", *result.gpu.values()])

@@ -14,27 +14,37 @@ from infimm_fast.benchmarks import SECTIONS
 from infimm_fast.benchmarks.ceilings import Ceilings, measure_ceilings
 from infimm_fast.benchmarks.environment import describe, gpu_state
 from infimm_fast.benchmarks.registry import (
-    DTYPES,
     IMPLEMENTATIONS,
-    OPS,
-    Case,
+    STAGES,
+    BenchCase,
     Implementation,
-    Inputs,
-    Op,
     Plan,
     Prepared,
     Run,
+    Stage,
     load_suites,
     prepare,
 )
 from infimm_fast.benchmarks.report import CaseResult, Report, Row
-from infimm_fast.benchmarks.timing import MIN_SAMPLES, WARM_UPS, Timer, input_sets, peak_memory_mb, pinned_threads
+from infimm_fast.benchmarks.timing import (
+    MIN_SAMPLES,
+    WARM_UPS,
+    Timer,
+    Times,
+    input_sets,
+    peak_memory_mb,
+    pinned_threads,
+)
+from infimm_fast.dtypes import DTYPES
 from infimm_fast.errors import ConfigurationError
+from infimm_fast.kernels.common.cases import Inputs
 
 # What a row costs beside its timing: inputs, the check, the first run.
 _OVERHEAD_SECONDS = 0.5
 # Implementations of long cases reach a third of the ceiling or more; the others are short anyway.
 _SLOW_SHARE = 0.3
+# How often figures above a ceiling make the ceilings be measured again; data that stays in a cache passes them every time.
+_MOST_REPEATS = 3
 
 
 @dataclass(frozen=True)
@@ -47,7 +57,7 @@ class Settings:
         seconds: of timing for each row.
         budget: of the whole run in seconds, or None for no limit.
         against: only these peers beside our own implementations, or None for all.
-        ops: only these ops, or None for all of the sections.
+        ops: only these stages, or None for all of the sections.
     """
 
     sections: tuple[str, ...]
@@ -59,25 +69,10 @@ class Settings:
 
 
 @dataclass
-class Progress:
-    """What a run tells whoever watches it; every function may be replaced.
-
-    Attributes:
-        start: called with the report's head and the number of cases.
-        case: called before a case.
-        done: called after a case, with the report so far.
-    """
-
-    start: Callable[[Report, int], None] = lambda report, cases: None
-    case: Callable[[str], None] = lambda name: None
-    done: Callable[[CaseResult, Report], None] = lambda result, report: None
-
-
-@dataclass
 class Budget:
     """Decides whether a case fits into the time that is left.
 
-    Estimates of an op are corrected by the worst of its cases so far.
+    Estimates of a stage are corrected by the worst of its cases so far.
 
     Attributes:
         seconds: of the whole run, or None for no limit.
@@ -92,110 +87,117 @@ class Budget:
     def __post_init__(self) -> None:
         self._started = self.now()
 
-    def fits(self, op: str, estimate: float) -> bool:
-        """Return whether a case of an op, estimated at so many seconds, ends in time."""
-        if self.seconds is None:
-            return True
-        return self.now() - self._started + estimate * self._corrections.get(op, 1.0) <= self.seconds
+    @property
+    def spent(self) -> float:
+        """Seconds since the start."""
+        return self.now() - self._started
+
+    def fits(self, stage: str, estimate: float) -> bool:
+        """Return whether a case of a stage, estimated at so many seconds, ends in time."""
+        return self.seconds is None or self.spent + estimate * self._corrections.get(stage, 1.0) <= self.seconds
 
     @contextlib.contextmanager
-    def watch(self, op: str, estimate: float) -> Iterator[None]:
+    def watch(self, stage: str, estimate: float) -> Iterator[None]:
         """Learn from what a case really takes."""
         started = self.now()
         yield
-        self._corrections[op] = max(self._corrections.get(op, 1.0), (self.now() - started) / estimate)
+        self._corrections[stage] = max(self._corrections.get(stage, 1.0), (self.now() - started) / estimate)
 
 
-def run_benchmarks(settings: Settings, progress: Progress, now: Callable[[], float] = time.perf_counter) -> Report:
+def run_benchmarks(
+    settings: Settings,
+    tell: Callable[[str], None] = lambda line: None,
+    done: Callable[[Report], None] = lambda report: None,
+    now: Callable[[], float] = time.perf_counter,
+) -> Report:
     """Run a plan.
 
     Args:
         settings: what to run.
-        progress: who is told.
+        tell: called with a line at the start and before each case.
+        done: called after each case, with the report so far.
         now: the host's clock in seconds, for everything but the ceilings.
 
     Raises:
-        ConfigurationError: a section, an op or a peer is not known, or an artifact is none.
+        ConfigurationError: a section, a stage or a peer is not known, or an artifact is none.
     """
     load_suites()
-    plan = settings.plan
     _check_settings(settings)
-    budget = Budget(settings.budget, now)
-    timer = Timer(plan.device, settings.seconds, now)
+    plan, repeats = settings.plan, 0
+    budget, timer = Budget(settings.budget, now), Timer(plan.device, settings.seconds, now)
     work = [
-        (op, case)
-        for op in sorted(OPS.values(), key=lambda op: SECTIONS.index(op.section))
-        if op.section in settings.sections and (settings.ops is None or op.name in settings.ops)
-        for case in op.cases(plan)
+        (stage, case)
+        for stage in sorted(STAGES.values(), key=lambda stage: SECTIONS.index(stage.section))
+        if stage.section in settings.sections and (settings.ops is None or stage.name in settings.ops)
+        for case in stage.cases(plan)
     ]
     work.sort(key=lambda pair: pair[1].importance)
     with pinned_threads():
-        ceilings = measure_ceilings(DTYPES[plan.dtype], Timer(plan.device, settings.seconds))
+        ceilings = _measure_ceilings(settings)
         report = Report(_title(plan), describe(plan.device), _describe_settings(settings), asdict(ceilings))
-        progress.start(report, len(work))
-        for op, case in work:
-            chosen = _choose(op, settings.against)
-            estimate = _estimate(op, case, chosen, timer, ceilings)
-            if not budget.fits(op.name, estimate):
-                report.left_out.append(f"{op.name}, {case.name}")
+        tell(_head(report))
+        for index, (stage, case) in enumerate(work, 1):
+            chosen = _choose(stage, settings.against)
+            estimate = _estimate(stage, case, chosen, timer, ceilings)
+            if not budget.fits(stage.name, estimate):
+                report.left_out.append(f"{stage.name}, {case.name}")
                 continue
-            progress.case(f"{op.name}, {case.name}")
-            with budget.watch(op.name, estimate):
-                result = run_case(op, case, chosen, timer, ceilings)
-            report.cases.append(result)
-            progress.done(result, report)
+            tell(f"[{index}/{len(work)}, {budget.spent:.0f} s] {stage.name}, {case.name}, {case.dtype}")
+            with budget.watch(stage.name, estimate):
+                report.cases.append(run_case(stage, case, chosen, timer, ceilings))
+            if report.cases[-1].above_ceiling and repeats < _MOST_REPEATS:
+                repeats += 1
+                ceilings = ceilings.raised_by(_measure_ceilings(settings))
+                report.ceilings, report.cases = asdict(ceilings), [one.rated(ceilings) for one in report.cases]
+                tell(f"a figure is above a ceiling, so they were measured again; {report.ceilings_line}")
+            done(report)
     return report
 
 
-def run_case(op: Op, case: Case, implementations: Sequence[Implementation], timer: Timer, ceilings: Ceilings) -> CaseResult:
+def _measure_ceilings(settings: Settings) -> Ceilings:
+    return measure_ceilings(DTYPES[settings.plan.dtype], Timer(settings.plan.device, settings.seconds))
+
+
+def run_case(
+    stage: Stage, case: BenchCase, implementations: Sequence[Implementation], timer: Timer, ceilings: Ceilings
+) -> CaseResult:
     """Check and time every implementation on one case."""
-    device = timer.device
-    least_ms, bound = ceilings.least_ms(case.flops, case.bytes)
-    sets = input_sets(case.bytes, device)
+    sets = input_sets(case.bytes, timer.device)
     with torch.set_grad_enabled(case.backward):
-        rows = _measure_all(op, case, implementations, sets, timer)
-    return CaseResult(
-        op=op.name,
-        section=op.section,
+        rows = _measure_all(stage, case, implementations, sets, timer)
+    names = ("sizes", "dtype", "importance", "backward", "flops", "bytes", "series")
+    result = CaseResult(
+        op=stage.name,
+        section=stage.section,
         case=case.name,
-        sizes=case.sizes,
-        dtype=case.dtype,
-        importance=case.importance,
-        backward=case.backward,
-        flops=case.flops,
-        bytes=case.bytes,
-        series=case.series,
-        bound=bound,
+        **{name: getattr(case, name) for name in names},
+        bound="",
         input_sets=sets,
-        gpu=gpu_state(device),
-        rows=[_with_rates(row, case, least_ms) for row in rows],
+        gpu=gpu_state(timer.device),
+        rows=[replace(row, pictures_per_s=_pictures_per_s(row, case)) for row in rows],
     )
+    return result.rated(ceilings)
 
 
-def _measure_all(op: Op, case: Case, implementations: Sequence[Implementation], sets: int, timer: Timer) -> list[Row]:
+def _pictures_per_s(row: Row, case: BenchCase) -> float | None:
+    return case.pictures / row.median_ms * 1e3 if case.pictures and row.median_ms else None
+
+
+def _measure_all(
+    stage: Stage, case: BenchCase, implementations: Sequence[Implementation], sets: int, timer: Timer
+) -> list[Row]:
     try:
-        inputs = [op.make_inputs(case, timer.device, seed=100 * index) for index in range(sets)]
-        expected = op.expected(case, inputs[0])
+        inputs = [stage.make_inputs(case, timer.device, seed=100 * index) for index in range(sets)]
+        expected = stage.expected(case, inputs[0])
     except torch.cuda.OutOfMemoryError as error:
         # The card is too small for this case, whoever computes it.
         remark = f"{_refusal(error)} for inputs and reference"
         return [Row(one.name, "eager", one.ours, remark=remark) for one in implementations]
-    return [row for one in implementations for row in _measure(op, case, one, inputs, expected, timer)]
-
-
-def _with_rates(row: Row, case: Case, least_ms: float) -> Row:
-    if row.median_ms is None:
-        return row
-    return replace(
-        row,
-        tflops=case.flops / (row.median_ms * 1e9),
-        share=least_ms / row.median_ms,
-        pictures_per_s=case.pictures / row.median_ms * 1e3 if case.pictures else None,
-    )
+    return [row for one in implementations for row in _measure(stage, case, one, inputs, expected, timer)]
 
 
 def _measure(
-    op: Op, case: Case, implementation: Implementation, inputs: Sequence[Inputs], expected: Any, timer: Timer
+    stage: Stage, case: BenchCase, implementation: Implementation, inputs: Sequence[Inputs], expected: Any, timer: Timer
 ) -> list[Row]:
     """Return the rows of one implementation: a checked figure for each launch mode, or a remark."""
     blank = Row(implementation.name, "eager", implementation.ours)
@@ -208,43 +210,46 @@ def _measure(
         try:
             prepared = []
             for one in inputs:
-                prepared.append(prepare(op, case, implementation, one))
+                prepared.append(prepare(stage, case, implementation, one))
                 stack.callback(prepared[-1].close)
             runs = [one.run for one in prepared]
             # Compiling and other work of the first run; an error here is a refusal, one in the check a wrong result.
             runs[0]()
             try:
-                errors = op.check(case, inputs[0], expected, implementation.name, runs[0])
+                errors = stage.check(case, inputs[0], expected, implementation.name, runs[0])
             except AssertionError as error:
                 return [replace(blank, remark=f"FAILED the check: {error}", failed=True)]
             checked = replace(blank, errors={name: asdict(error) for name, error in errors.items()})
-            rows = [_time_eager(op, checked, prepared[0], runs, timer)]
+            rows = [_time_eager(stage, checked, prepared[0], runs, timer)]
         except Exception as error:  # whatever a peer raises is its own affair, and shown
             return [replace(blank, remark=_refusal(error), failed=implementation.ours)]
-        if timer.device.type == "cuda" and implementation.graph and not op.wall_clock:
-            rows.append(_time_graph(op, checked, runs, timer))
+        if _captured(stage, implementation, timer):
+            rows.append(_time_graph(stage, checked, runs, timer))
     return rows
 
 
-def _time_eager(op: Op, row: Row, prepared: Prepared, runs: list[Run], timer: Timer) -> Row:
-    time_runs = timer.wall if op.wall_clock else timer.eager
+def _captured(stage: Stage, implementation: Implementation, timer: Timer) -> bool:
+    return timer.device.type == "cuda" and implementation.graph and not stage.wall_clock
+
+
+def _time_eager(stage: Stage, row: Row, prepared: Prepared, runs: list[Run], timer: Timer) -> Row:
+    time_runs = timer.wall if stage.wall_clock else timer.eager
     row = _with_times(row, time_runs(runs))
     stages = {name: time_runs([run]).median for name, run in prepared.stages.items()}
     return replace(row, stages=stages, peak_memory_mb=peak_memory_mb(runs[0], timer.device))
 
 
-def _time_graph(op: Op, row: Row, runs: list[Run], timer: Timer) -> Row:
+def _time_graph(stage: Stage, row: Row, runs: list[Run], timer: Timer) -> Row:
     row = replace(row, mode="graph")
     try:
-        return _with_times(row, timer.graph(runs[: op.largest_graph]))
+        return _with_times(row, timer.graph(runs[: stage.largest_graph]))
     except Exception as error:  # a peer that waits for the device cannot be captured
         return replace(row, remark=_refusal(error))
 
 
-def _with_times(row: Row, times: Any) -> Row:
-    return replace(
-        row, median_ms=times.median, p10_ms=times.percentile(10), p90_ms=times.percentile(90), samples=len(times.samples)
-    )
+def _with_times(row: Row, times: Times) -> Row:
+    spread = {"p10_ms": times.percentile(10), "p90_ms": times.percentile(90)}
+    return replace(row, median_ms=times.median, samples=len(times.samples), **spread)
 
 
 def _refusal(error: Exception) -> str:
@@ -257,20 +262,22 @@ def _refusal(error: Exception) -> str:
     return f"does not run: {type(error).__name__}: {lines[0][:160] if lines else ''}"
 
 
-def _choose(op: Op, against: tuple[str, ...] | None) -> list[Implementation]:
-    return [one for one in IMPLEMENTATIONS[op.name].values() if one.ours or against is None or one.name in against]
+def _choose(stage: Stage, against: tuple[str, ...] | None) -> list[Implementation]:
+    return [one for one in IMPLEMENTATIONS[stage.name].values() if one.ours or against is None or one.name in against]
 
 
-def _estimate(op: Op, case: Case, implementations: Sequence[Implementation], timer: Timer, ceilings: Ceilings) -> float:
+def _estimate(
+    stage: Stage, case: BenchCase, implementations: Sequence[Implementation], timer: Timer, ceilings: Ceilings
+) -> float:
     """Return how many seconds a case takes, compiling included."""
     slow = ceilings.least_ms(case.flops, case.bytes)[0] / 1e3 / _SLOW_SHARE
     each = max(timer.seconds, (WARM_UPS + MIN_SAMPLES) * slow)
     total = _OVERHEAD_SECONDS
-    for implementation in implementations:
-        if implementation.obstacle(case, timer.device) is None:
+    for one in implementations:
+        if one.obstacle(case, timer.device) is None:
             # A graph besides, or the stages once more.
-            twice = op.wall_clock or (timer.device.type == "cuda" and implementation.graph)
-            total += implementation.setup_seconds + _OVERHEAD_SECONDS + (2 if twice else 1) * each
+            twice = stage.wall_clock or _captured(stage, one, timer)
+            total += one.setup_seconds + _OVERHEAD_SECONDS + (2 if twice else 1) * each
     return total
 
 
@@ -279,7 +286,7 @@ def _check_settings(settings: Settings) -> None:
         raise ConfigurationError("section 'export' times exported models; name their folders with --artifact")
     for kind, asked, known in (
         ("section", settings.sections, SECTIONS),
-        ("op", settings.ops or (), tuple(OPS)),
+        ("op", settings.ops or (), tuple(STAGES)),
         ("peer", settings.against or (), tuple({name for ones in IMPLEMENTATIONS.values() for name in ones})),
     ):
         for name in asked:
@@ -294,13 +301,21 @@ def _title(plan: Plan) -> str:
     return f"{plan.preset} in {plan.dtype} on {where}{scaled_down}"
 
 
+def _head(report: Report) -> str:
+    where = report.environment
+    versions = f"torch {where['torch']}, triton {where['triton'] or 'not installed'}"
+    machine = f"{where['device']}, {versions}, {where['threads']} threads, commit {where['commit']}"
+    return f"{report.title}\n{machine}\n{report.ceilings_line}"
+
+
 def _describe_settings(settings: Settings) -> dict[str, Any]:
+    plan = settings.plan
     return {
         "sections": list(settings.sections),
-        "preset": settings.plan.preset,
-        "dtype": settings.plan.dtype,
-        "tiles": list(settings.plan.tile_counts),
-        "artifacts": list(settings.plan.artifacts),
+        "preset": plan.preset,
+        "dtype": plan.dtype,
+        "tiles": list(plan.tile_counts),
+        "artifacts": list(plan.artifacts),
         "seconds": settings.seconds,
         "budget": settings.budget,
         "against": None if settings.against is None else list(settings.against),

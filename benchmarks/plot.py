@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import textwrap
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,6 +22,8 @@ _MARKERS = "osD^vPX*<>ph"
 # Beyond this many panels nobody reads a picture.
 _MAX_PANELS = 12
 _MAX_LINES = 6
+# Bars so many times as long as half of the others or more are cut off, or the others could not be told apart.
+_OUTLIER = 2.5
 
 
 def draw_report(report: Report, folder: Path, stem: str = "") -> list[Path]:
@@ -34,22 +37,14 @@ def draw_report(report: Report, folder: Path, stem: str = "") -> list[Path]:
     Returns:
         The files.
     """
-    drawings: dict[str, Callable[[Report], Figure | None]] = {
-        "bars": draw_bars,
-        "roofline": draw_roofline,
-        "scaling": draw_scaling,
-        "stages": draw_stages,
-    }
     folder.mkdir(parents=True, exist_ok=True)
     files = []
-    for name, draw in drawings.items():
-        figure = draw(report)
-        if figure is not None:
-            file = folder / f"{stem}{name}.png"
-            partial = file.with_name(f".{file.name}.partial")
+    for name, (draw, _) in DRAWINGS.items():
+        if (figure := draw(report)) is not None:
+            files.append(folder / f"{stem}{name}.png")
+            partial = folder / f".{files[-1].name}.partial"
             figure.savefig(partial, format="png", dpi=90)
-            partial.replace(file)
-            files.append(file)
+            partial.replace(files[-1])
     return files
 
 
@@ -58,39 +53,61 @@ def _figure(width: float, height: float, title: str) -> Figure:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")
-    figure.suptitle(title, fontsize=11)
+    figure.suptitle("\n".join(textwrap.wrap(title, int(width * 11))), fontsize=11)
     return figure
 
 
-def _panels(figure: Figure, count: int, columns: int) -> list[Axes]:
-    rows = -(-count // columns)
-    grid = figure.subplots(rows, columns, squeeze=False)
-    axes = list(grid.flat)
-    for unused in axes[count:]:
+def _panels(figure: Figure, titles: Iterable[str], columns: int, width: float) -> list[Axes]:
+    """Return one panel for each title, which is broken before it runs out of the panel's width in inches."""
+    titles = list(titles)
+    axes = list(figure.subplots(-(-len(titles) // columns), columns, squeeze=False).flat)
+    for panel, title in zip(axes, titles, strict=False):
+        panel.set_title("\n".join(textwrap.wrap(title, int(width * 12))), fontsize=9)
+        panel.tick_params(labelsize=8)
+    for unused in axes[len(titles) :]:
         unused.remove()
-    return axes[:count]
+    return axes[: len(titles)]
 
 
 def _fastest(case: CaseResult) -> dict[str, Row]:
     """Return the timed row of each implementation in its faster launch mode."""
     rows: dict[str, Row] = {}
-    for row in case.rows:
-        known = rows.get(row.implementation)
-        if row.median_ms is not None and (known is None or row.median_ms < (known.median_ms or 0.0)):
+    for row in sorted(case.rows, key=lambda row: row.median_ms or 0.0, reverse=True):
+        if row.median_ms:
             rows[row.implementation] = row
-    return rows
+    names = dict.fromkeys(row.implementation for row in case.rows)
+    return {name: rows[name] for name in names if name in rows}
+
+
+def _is_naive(name: str) -> bool:
+    return name.startswith("naive")
 
 
 def _colours(report: Report) -> dict[str, str]:
     """Return one colour for each implementation, the same in all pictures of a run."""
-    names = dict.fromkeys((row.implementation, row.ours) for case in report.cases for row in case.rows)
     colours: dict[str, str] = {}
     used: dict[tuple[str, ...], int] = {}
-    for name, ours in names:
-        palette = _OURS if ours else _NAIVE if name.startswith("naive") else _PEERS
+    for name, ours in dict.fromkeys((row.implementation, row.ours) for case in report.cases for row in case.rows):
+        palette = _OURS if ours else _NAIVE if _is_naive(name) else _PEERS
         colours.setdefault(name, palette[used.get(palette, 0) % len(palette)])
         used[palette] = used.get(palette, 0) + 1
     return colours
+
+
+def _draw_bars(axes: Axes, bars: list[tuple[float, float, str]], height: float) -> None:
+    """Draw bars of (place, length, colour), each with its length beside it; one too long is cut off and says so."""
+    lengths = sorted(length for _, length, _ in bars)
+    jumps = (index for index in range(1, len(lengths)) if lengths[index] > _OUTLIER * lengths[index - 1])
+    end = 1.3 * lengths[next((index for index in jumps if 2 * index >= len(lengths)), 0) - 1]
+    for place, length, colour in bars:
+        cut = length > end
+        axes.barh(place, min(length, 0.98 * end), height, color=colour, hatch="//" if cut else None, edgecolor="white")
+        where, side, words = (0.97 * end, "right", f"{length:.3g} ▶") if cut else (length, "left", f"{length:.3g}")
+        box = {"facecolor": "white", "edgecolor": "none", "pad": 1.0} if cut else None
+        offset = (0 if cut else 3, 0)
+        axes.annotate(words, (where, place), offset, textcoords="offset points", ha=side, va="center", fontsize=7, bbox=box)
+    axes.set_xlim(0, end)
+    axes.spines[["top", "right"]].set_visible(False)
 
 
 def draw_bars(report: Report) -> Figure | None:
@@ -98,46 +115,26 @@ def draw_bars(report: Report) -> Figure | None:
     cases = [case for case in report.cases if case.importance == 0 and _fastest(case)][:_MAX_PANELS]
     if not cases:
         return None
-    columns = min(3, len(cases))
-    most = max(len(_fastest(case)) for case in cases)
+    columns, most = min(3, len(cases)), max(len(_fastest(case)) for case in cases)
     rows = -(-len(cases) // columns)
-    figure = _figure(5.6 * columns, rows * (1.1 + 0.34 * most) + 0.6, f"Time of one run: {report.title}")
+    figure = _figure(5.6 * columns, rows * (1.3 + 0.34 * most) + 0.6, f"Time of one run: {report.title}")
     colours = _colours(report)
-    for axes, case in zip(_panels(figure, len(cases), columns), cases, strict=True):
+    panels = _panels(figure, (f"{case.op}: {case.case}" for case in cases), columns, 4.2)
+    for axes, case in zip(panels, cases, strict=True):
         names = list(_fastest(case))
-        for place, name in enumerate(names):
-            modes = {row.mode: row for row in case.rows if row.implementation == name and row.median_ms is not None}
-            for mode, row in modes.items():
-                both = len(modes) == 2
-                offset = (0.2 if mode == "graph" else -0.2) if both else 0.0
-                assert row.median_ms is not None and row.p10_ms is not None and row.p90_ms is not None
-                spread = [[max(0.0, row.median_ms - row.p10_ms)], [max(0.0, row.p90_ms - row.median_ms)]]
-                axes.barh(
-                    place + offset,
-                    row.median_ms,
-                    0.36 if both else 0.66,
-                    xerr=spread,
-                    color=colours[name],
-                    alpha=0.55 if mode == "eager" and both else 1.0,
-                    error_kw={"elinewidth": 0.8, "ecolor": "#333333"},
-                )
-                reach = max(row.median_ms, row.p90_ms)
-                axes.annotate(
-                    f"{row.median_ms:.3g}",
-                    (reach, place + offset),
-                    xytext=(3, 0),
-                    textcoords="offset points",
-                    va="center",
-                    fontsize=7,
-                )
-        axes.set_yticks(range(len(names)), names, fontsize=8)
+        both = any(row.mode == "graph" and row.median_ms for row in case.rows)
+        timed = [(names.index(row.implementation), row) for row in case.rows if row.median_ms]
+        places = [place + (0.2 if row.mode == "graph" else -0.2) * both for place, row in timed]
+        shades = [colours[row.implementation] + ("8C" if both and row.mode == "eager" else "") for _, row in timed]
+        medians = [row.median_ms or 0.0 for _, row in timed]
+        _draw_bars(axes, list(zip(places, medians, shades, strict=True)), 0.36 if both else 0.66)
+        for place, (_, row) in zip(places, timed, strict=True):
+            # Inside the bar's lower edge, where no figure stands.
+            for colour, width in (("white", 2.6), ("#222222", 1.0)):
+                axes.plot([row.p10_ms or 0.0, row.p90_ms or 0.0], [place + 0.14] * 2, color=colour, linewidth=width)
+        axes.set_yticks(range(len(names)), names)
         axes.set_ylim(max(len(names), 3) - 0.5, -0.5)
-        axes.margins(x=0.16)
-        axes.set_xlim(left=0)
-        axes.set_xlabel("ms, median with p10-p90", fontsize=8)
-        axes.tick_params(axis="x", labelsize=8)
-        axes.set_title(_wrap(f"{case.op}: {case.case}"), fontsize=9)
-        axes.spines[["top", "right"]].set_visible(False)
+        axes.set_xlabel("ms: bar and figure median, line p10 to p90", fontsize=8)
     return figure
 
 
@@ -146,45 +143,40 @@ def draw_roofline(report: Report) -> Figure | None:
     points = [(case, _fastest(case)) for case in report.cases if case.importance == 0 and _fastest(case)]
     if not points:
         return None
-    figure = _figure(9, 5.6, f"Roofline: {report.title}")
+    figure = _figure(9.5, 5.6, f"Roofline: {report.title}")
     axes = figure.subplots()
     peak, bandwidth = report.ceilings["matmul_tflops"], report.ceilings["copy_gb_s"] / 1e3
     intensities = [case.flops / case.bytes for case, _ in points]
     ridge = peak / bandwidth
     low, high = min(*intensities, ridge) / 3, max(*intensities, ridge) * 3
-    line = [low, ridge, high]
-    axes.plot(line, [min(peak, bandwidth * x) for x in line], color="#222222", linewidth=1.4)
-    axes.annotate(
-        f"matrix products {peak:.3g} TFLOP/s", (high, peak), (-4, 4), textcoords="offset points", ha="right", fontsize=9
-    )
-    label = f"copies {bandwidth * 1e3:.0f} GB/s"
-    axes.annotate(label, (low * 1.5, bandwidth * low * 1.5), (8, 0), textcoords="offset points", va="top", fontsize=9)
-    markers = {name: _MARKERS[index % len(_MARKERS)] for index, name in enumerate(dict.fromkeys(c.op for c, _ in points))}
+    label = f"ceilings: matrix products {peak:.3g} TFLOP/s, copies {bandwidth * 1e3:.3g} GB/s"
+    roof = axes.plot([low, ridge, high], [bandwidth * low, peak, peak], color="#222222", linewidth=1.4, label=label)
+    names = dict.fromkeys(case.op for case, _ in points)
+    markers = {name: _MARKERS[index % len(_MARKERS)] for index, name in enumerate(names)}
     kinds = {"ours": _OURS[0], "fastest peer": _PEERS[0], "naive": _NAIVE[0]}
     for case, rows in points:
-        groups = {
-            "ours": [row for row in rows.values() if row.ours],
-            "naive": [row for row in rows.values() if not row.ours and row.implementation.startswith("naive")],
-            "fastest peer": [row for row in rows.values() if not row.ours and not row.implementation.startswith("naive")],
-        }
-        for kind, group in groups.items():
-            rate = max((row.tflops or 0.0 for row in group), default=0.0)
-            if rate:
-                style = {"color": kinds[kind], "marker": markers[case.op], "markersize": 6, "alpha": 0.85}
-                axes.plot(case.flops / case.bytes, rate, linestyle="", **style)  # type: ignore[arg-type]
+        best: dict[str, float] = {}
+        for row in rows.values():
+            kind = "ours" if row.ours else "naive" if _is_naive(row.implementation) else "fastest peer"
+            best[kind] = max(best.get(kind, 0.0), row.tflops or 0.0)
+        for kind, rate in best.items():
+            axes.plot(case.flops / case.bytes, rate, markers[case.op], color=kinds[kind], markersize=6, alpha=0.85)
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.set_xlabel("FLOP per byte that must move")
     axes.set_ylabel("TFLOP/s on true sizes")
     handles = [axes.plot([], [], "s", color=colour, label=kind)[0] for kind, colour in kinds.items()]
-    handles += [axes.plot([], [], marker, color="#555555", linestyle="", label=op)[0] for op, marker in markers.items()]
+    handles += [axes.plot([], [], marker, color="#555555", label=op)[0] for op, marker in markers.items()]
     axes.legend(handles=handles, fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
+    figure.legend(handles=roof, fontsize=8, loc="outside lower center", frameon=False)
     axes.grid(alpha=0.25)
     return figure
 
 
 def draw_scaling(report: Report) -> Figure | None:
     """Draw times over tiles, batch or text length, for series of two points or more."""
+    from matplotlib.ticker import FormatStrFormatter, LogLocator
+
     series: dict[tuple[str, str, str], dict[int, CaseResult]] = {}
     for case in report.cases:
         for name, axis, value in case.series if _fastest(case) else ():
@@ -193,51 +185,36 @@ def draw_scaling(report: Report) -> Figure | None:
     if not series:
         return None
     columns = min(4, len(series))
-    rows = -(-len(series) // columns)
-    figure = _figure(4.6 * columns, 3.5 * rows + 0.5, f"Scaling: {report.title}")
+    figure = _figure(4.6 * columns, 3.3 * -(-len(series) // columns) + 1.2, f"Scaling: {report.title}")
     colours = _colours(report)
-    for axes, ((op, name, axis), cases) in zip(_panels(figure, len(series), columns), series.items(), strict=True):
-        _draw_series(axes, cases, colours)
+    markers = {name: _MARKERS[index % len(_MARKERS)] for index, name in enumerate(colours)}
+    handles = {}
+    panels = _panels(figure, (f"{op}: {name}" for op, name, _ in series), columns, 3.8)
+    for axes, ((_, _, axis), cases) in zip(panels, series.items(), strict=True):
+        for name in _lines(cases[max(cases)]):
+            times = {value: row.median_ms or 0.0 for value, case in cases.items() if (row := _fastest(case).get(name))}
+            style = {"color": colours[name], "marker": markers[name], "markersize": 4, "linewidth": 1.2}
+            (handles[name],) = axes.plot(list(times), list(times.values()), label=name, **style)  # type: ignore[arg-type]
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+        axes.set_xticks(list(cases), [str(value) for value in cases])
+        axes.minorticks_off()
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=12))
+        axes.yaxis.set_major_formatter(FormatStrFormatter("%g"))
         axes.set_xlabel(axis, fontsize=8)
-        axes.set_title(_wrap(f"{op}: {name}"), fontsize=9)
+        axes.set_ylabel("ms", fontsize=8)
+        axes.grid(alpha=0.25)
+    figure.legend(handles=list(handles.values()), fontsize=9, loc="outside lower center", ncols=6, frameon=False)
     return figure
 
 
-def _draw_series(axes: Axes, cases: dict[int, CaseResult], colours: dict[str, str]) -> None:
-    """Draw one line for each implementation over the values of an axis."""
-    from matplotlib.ticker import FormatStrFormatter, LogLocator
-
-    for index, implementation in enumerate(_lines(list(cases.values()))):
-        times = {value: row.median_ms for value, case in cases.items() if (row := _fastest(case).get(implementation))}
-        axes.plot(
-            list(times),
-            [time or 0.0 for time in times.values()],
-            marker=_MARKERS[index % len(_MARKERS)],
-            markersize=4,
-            linewidth=1.2,
-            color=colours[implementation],
-            label=implementation,
-        )
-    axes.set_xscale("log")
-    axes.set_yscale("log")
-    axes.set_xticks(list(cases), [str(value) for value in cases], fontsize=8)
-    axes.minorticks_off()
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=12))
-    axes.yaxis.set_major_formatter(FormatStrFormatter("%g"))
-    axes.tick_params(axis="y", labelsize=8)
-    axes.set_ylabel("ms", fontsize=8)
-    axes.grid(alpha=0.25)
-    axes.legend(fontsize=7, frameon=False)
-
-
-def _lines(cases: list[CaseResult]) -> list[str]:
+def _lines(case: CaseResult) -> list[str]:
     """Return the implementations to draw: ours, the naive path, and the fastest peers of the last case."""
-    rows = _fastest(cases[-1])
+    rows = _fastest(case)
     ours = [name for name, row in rows.items() if row.ours]
     peers = sorted((name for name, row in rows.items() if not row.ours), key=lambda name: rows[name].median_ms or 0.0)
-    naive = [name for name in peers if name == "naive"]
-    others = [name for name in peers if name != "naive"]
-    return naive + others[: max(0, _MAX_LINES - len(ours) - len(naive))] + ours
+    peers.sort(key=lambda name: name != "naive")
+    return peers[: max(1, _MAX_LINES - len(ours))] + ours
 
 
 def draw_stages(report: Report) -> Figure | None:
@@ -248,43 +225,36 @@ def draw_stages(report: Report) -> Figure | None:
     most = max(sum(bool(row.stages) for row in case.rows) for case in cases)
     figure = _figure(12, len(cases) * (1.2 + 0.36 * most) + 0.9, f"The whole model, stage by stage: {report.title}")
     grid = figure.subplots(len(cases), 2, squeeze=False, width_ratios=(3, 1))
-    stages = list(dict.fromkeys(stage for case in cases for row in case.rows for stage in row.stages if stage != "token"))
+    stages = dict.fromkeys(stage for case in cases for row in case.rows for stage in row.stages if stage != "token")
     colours = dict(zip(stages, _STAGES, strict=False))
     for (whole, token), case in zip(grid, cases, strict=True):
         rows = [row for row in case.rows if row.stages]
+        for axes, title in ((whole, case.case), (token, "each further token")):
+            axes.set_title(title, fontsize=9)
+            axes.tick_params(labelsize=8)
+        totals = [sum(time for stage, time in row.stages.items() if stage != "token") for row in rows]
+        _draw_bars(whole, [(place, total, "none") for place, total in enumerate(totals)], 0.62)
         for place, row in enumerate(rows):
             left = 0.0
-            for stage in stages:
-                whole.barh(place, row.stages.get(stage, 0.0), 0.62, left=left, color=colours[stage])
+            for stage, colour in colours.items():
+                whole.barh(place, row.stages.get(stage, 0.0), 0.62, left=left, color=colour)
                 left += row.stages.get(stage, 0.0)
-            whole.annotate(f"{left:.3g}", (left, place), (3, 0), textcoords="offset points", va="center", fontsize=8)
-            token.barh(place, row.stages["token"], 0.62, color=_OURS[0] if row.ours else _NAIVE[0])
-            token.annotate(
-                f"{row.stages['token']:.3g}",
-                (row.stages["token"], place),
-                (3, 0),
-                textcoords="offset points",
-                va="center",
-                fontsize=8,
-            )
-        whole.set_yticks(range(len(rows)), [row.implementation for row in rows], fontsize=8)
+        steps = [(place, row.stages["token"], _OURS[0] if row.ours else _NAIVE[0]) for place, row in enumerate(rows)]
+        _draw_bars(token, steps, 0.62)
+        whole.set_yticks(range(len(rows)), [row.implementation for row in rows])
         token.set_yticks([])
-        whole.set_title(case.case, fontsize=9)
-        token.set_title("each further token", fontsize=9)
         for axes in (whole, token):
             axes.invert_yaxis()
-            axes.margins(x=0.14)
-            axes.set_xlim(left=0)
             axes.set_xlabel("ms", fontsize=8)
-            axes.tick_params(axis="x", labelsize=8)
-            axes.spines[["top", "right"]].set_visible(False)
-    handles = [grid[0][0].barh([0], [0], color=colours[stage], label=stage) for stage in stages]
-    figure.legend(handles=handles, loc="outside lower center", ncols=len(stages), fontsize=8, frameon=False)
+    handles = [grid[0][0].barh([0], [0], color=colour, label=stage) for stage, colour in colours.items()]
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(colours), fontsize=8, frameon=False)
     return figure
 
 
-def _wrap(title: str, width: int = 52) -> str:
-    """Break a title at a space before it runs into its neighbour's."""
-    import textwrap
-
-    return "\n".join(textwrap.wrap(title, width))
+# Picture -> what draws it, and what it shows.
+DRAWINGS: dict[str, tuple[Callable[[Report], Figure | None], str]] = {
+    "bars": (draw_bars, "Times of all implementations on the main cases"),
+    "roofline": (draw_roofline, "Rates against what the device can do"),
+    "scaling": (draw_scaling, "Times over tiles, batch and text length"),
+    "stages": (draw_stages, "Stages of the whole model"),
+}

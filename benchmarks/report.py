@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from infimm_fast.benchmarks.ceilings import Ceilings
 from infimm_fast.errors import ConfigurationError
 from infimm_fast.export.common.artifact import write_json
 
@@ -58,10 +59,10 @@ class CaseResult:
     """All rows of one case.
 
     Attributes:
-        op: name of the op.
+        op: name of the stage, which may be an op.
         section: its section.
         case: name of the case.
-        sizes: see `infimm_fast.benchmarks.registry.Case`, like the next five.
+        sizes: see `infimm_fast.benchmarks.registry.BenchCase`, like the next six.
         dtype: of the tensors.
         importance: 0 is a main case.
         backward: whether the backward pass is timed too.
@@ -77,7 +78,7 @@ class CaseResult:
     op: str
     section: str
     case: str
-    sizes: dict[str, int]
+    sizes: Mapping[str, int]
     dtype: str
     importance: int
     backward: bool
@@ -88,6 +89,20 @@ class CaseResult:
     input_sets: int
     gpu: dict[str, str]
     rows: list[Row]
+
+    @property
+    def above_ceiling(self) -> bool:
+        """Whether a figure is better than a measured ceiling allows."""
+        return any(row.share is not None and row.share > 1 for row in self.rows)
+
+    def rated(self, ceilings: Ceilings) -> CaseResult:
+        """Return the case with its rates and shares by some ceilings."""
+        least_ms, bound = ceilings.least_ms(self.flops, self.bytes)
+        rows = [
+            replace(row, tflops=self.flops / (row.median_ms * 1e9), share=least_ms / row.median_ms) if row.median_ms else row
+            for row in self.rows
+        ]
+        return replace(self, bound=bound, rows=rows)
 
 
 @dataclass
@@ -114,6 +129,12 @@ class Report:
     def failed(self) -> list[str]:
         """Implementations that failed, with their case."""
         return [f"{case.op}, {case.case}: {row.implementation}" for case in self.cases for row in case.rows if row.failed]
+
+    @property
+    def ceilings_line(self) -> str:
+        """The ceilings in words, to stand in a sentence."""
+        rates = self.ceilings
+        return f"ceilings: matrix products {rates['matmul_tflops']:.4g} TFLOP/s, copies {rates['copy_gb_s']:.4g} GB/s"
 
     def save(self, file: Path) -> None:
         """Write the report; the file is complete at every moment."""

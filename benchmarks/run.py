@@ -1,27 +1,115 @@
-"""Run benchmarks: ``python -m infimm_fast.benchmarks.run --help``. The same as ``infimm-fast bench``, without its needs.
+"""The one door to the benchmarks: runs, comparisons of runs, and the page made of stored ones.
 
-Needs torch, transformers and what they need; rich and typer are not among that.
+``infimm-fast bench`` and ``python -m infimm_fast.benchmarks`` both lead here. A run needs torch, transformers and what they
+need; rich makes the tables where it is installed.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib.util
-import sys
+import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 from infimm_fast.benchmarks import SECTIONS
-from infimm_fast.benchmarks.display import Display
+from infimm_fast.benchmarks.compare import NOW, is_regression, load_or_run, show_comparison
+from infimm_fast.benchmarks.display import show_case
 from infimm_fast.benchmarks.environment import file_name
 from infimm_fast.benchmarks.harness import Settings, run_benchmarks
-from infimm_fast.benchmarks.registry import DTYPES, Plan
-from infimm_fast.benchmarks.report import CaseResult, Report
+from infimm_fast.benchmarks.registry import Plan
+from infimm_fast.benchmarks.report import Report
+from infimm_fast.dtypes import DTYPES
 from infimm_fast.errors import ConfigurationError
 
 GPU_PRESET, CPU_PRESET = "infimm-hd-vicuna-13b", "tiny"
-DEFAULT_SECONDS = 0.3
+_USAGE = """\
+sections, all of them without any:
+  ops         attention of vision towers; gate, residual and norm; ops of your own
+  cross       cross-attention from text to pictures, the op and the whole gated block: prefill and decode
+  vision      the vision tower
+  prefill     a prompt through the language model
+  decode      one decoding step of the language model
+  preprocess  JPEG files to tiles on the device
+  e2e         JPEG files and a prompt to the first token, stage by stage, and from token to token
+  export      exported models, named by --artifact, on their runtimes
+
+instead of sections:
+  compare BEFORE [AFTER]   JSON files of runs, or git revisions, which are run with the sections and options behind them;
+                           what is installed is AFTER if there is none; the exit status is 1 if AFTER is slower
+  page [FOLDER]            write docs/performance.md of a checkout from its benchmarks/results
+"""
+
+
+def bench(arguments: Sequence[str], program: str) -> int:
+    """Carry out a command line.
+
+    Args:
+        arguments: what the user wrote behind the program.
+        program: how it was called, for the help.
+
+    Returns:
+        The exit status: 1 if an implementation failed its check, one of ours did not run, or a comparison shows a
+        regression; else 0.
+
+    Raises:
+        ConfigurationError: an argument is not accepted.
+    """
+    command, rest = (arguments[0], arguments[1:]) if arguments else ("", ())
+    if command == "compare":
+        return _compare(rest, program)
+    if command == "page":
+        from infimm_fast.benchmarks.document import write_page
+
+        write_page(Path(*rest[:1]))
+        return 0
+    options = _parser(program).parse_args(arguments)
+    tiles, artifacts = tuple(options.tiles), tuple(options.artifact)
+    settings = Settings(
+        sections=SECTIONS if options.sections in ([], ["all"]) else tuple(options.sections),
+        plan=make_plan(options.preset, options.dtype, tiles, options.device, artifacts),
+        seconds=options.seconds,
+        budget=options.budget,
+        against=tuple(options.against) or None,
+        ops=tuple(options.ops) or None,
+    )
+    return run_and_store(settings, options.out, options.plot)
+
+
+def _parser(program: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        program,
+        description="Check, time, store and draw: our kernels and model against everything else, on this machine.",
+        epilog=_USAGE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    several = {"nargs": "+", "action": "extend", "default": []}
+    parser.add_argument("sections", nargs="*", metavar="section", help="see below")
+    parser.add_argument("--preset", help=f"{GPU_PRESET} on a GPU, {CPU_PRESET} on a CPU")
+    parser.add_argument("--dtype", help=f"{', '.join(DTYPES)}; bfloat16 on a GPU, float32 on a CPU")
+    parser.add_argument("--device", help="cuda if there is one, else cpu")
+    parser.add_argument("--tiles", type=int, help="only these numbers of tiles", **several)  # type: ignore[arg-type]
+    parser.add_argument("--against", help="only these peers, beside our own implementations", **several)  # type: ignore[arg-type]
+    parser.add_argument("--ops", help="only these ops and stages of the sections", **several)  # type: ignore[arg-type]
+    parser.add_argument("--artifact", help="folders of exported models, for the section export", **several)  # type: ignore[arg-type]
+    parser.add_argument("--seconds", type=float, default=0.3, help="of timing for each row")
+    parser.add_argument("--budget", type=float, help="seconds for the whole run; less important cases are left out")
+    parser.add_argument("--out", type=Path, default=Path("bench_output"), help="folder of the JSON file and pictures")
+    parser.add_argument("--plot", action="store_true", help="draw pictures; needs matplotlib")
+    return parser
+
+
+def _compare(arguments: Sequence[str], program: str) -> int:
+    parser = _parser(program)
+    if not arguments or arguments[0].startswith("-"):
+        parser.error("compare takes one or two files or git revisions first")
+    before, *rest = arguments
+    after = NOW if not rest or rest[0].startswith("-") or rest[0] in SECTIONS else rest.pop(0)
+    # Refused now, not after a revision was installed.
+    parser.parse_args(rest)
+    return int(is_regression(show_comparison(load_or_run(before, rest), load_or_run(after, rest))))
 
 
 def make_plan(
@@ -31,7 +119,7 @@ def make_plan(
     device: str | None = None,
     artifacts: tuple[str, ...] = (),
 ) -> Plan:
-    """Return a plan, with defaults for this machine: a GPU runs InfiMM-HD in bf16, a CPU the tiny preset in fp32.
+    """Return a plan, with defaults for this machine: a GPU runs InfiMM-HD in bfloat16, a CPU the tiny preset in float32.
 
     Raises:
         ConfigurationError: a value is not accepted.
@@ -43,7 +131,7 @@ def make_plan(
     if where.type not in ("cpu", "cuda") or (where.type == "cuda" and not torch.cuda.is_available()):
         raise ConfigurationError(f"device {device!r} cannot be used here; accepted are cpu, and cuda where there is a GPU")
     on_gpu = where.type == "cuda"
-    dtype = dtype or ("bf16" if on_gpu else "fp32")
+    dtype = dtype or ("bfloat16" if on_gpu else "float32")
     if dtype not in DTYPES:
         raise ConfigurationError(f"dtype {dtype!r} is not known; use {', '.join(DTYPES)}")
     if tiles and min(tiles) < 1:
@@ -65,11 +153,17 @@ def run_and_store(settings: Settings, out: Path, plot: bool) -> int:
         1 if an implementation failed its check or one of ours did not run, else 0.
 
     Raises:
-        ConfigurationError: a name in the settings is not known, or matplotlib is missing.
+        ConfigurationError: a name in the settings is not known, `out` cannot be written, or matplotlib is missing. All of
+            it is found before anything is measured.
     """
     if plot and importlib.util.find_spec("matplotlib") is None:
-        # Said now, not after minutes of measuring.
         raise ConfigurationError("--plot needs matplotlib, which is not installed; pip install 'infimm-fast[plot]'")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out):
+            pass
+    except OSError as error:
+        raise ConfigurationError(f"no report can be written to {out}: {error.strerror}; name a folder with --out") from error
     suffix = "" if set(settings.sections) == set(SECTIONS) else "-".join(settings.sections)
 
     def store(report: Report) -> Path:
@@ -77,61 +171,24 @@ def run_and_store(settings: Settings, out: Path, plot: bool) -> int:
         report.save(target)
         return target
 
-    display = Display()
-    with display as progress:
-        shown = progress.done
+    def done(report: Report) -> None:
+        show_case(report.cases[-1])
+        store(report)
 
-        def done(result: CaseResult, report: Report) -> None:
-            shown(result, report)
-            store(report)
-
-        progress.done = done
-        report = run_benchmarks(settings, progress)
-        file = store(report)
-    display.print(f"written: {file}")
+    report = run_benchmarks(settings, tell, done)
+    tell(f"written: {store(report)}")
     for name in report.left_out:
-        display.print(f"left out, no time in the budget: {name}")
+        tell(f"left out, no time in the budget: {name}")
     if plot:
         from infimm_fast.benchmarks.plot import draw_report
 
         for picture in draw_report(report, out, suffix and f"{suffix}-"):
-            display.print(f"drawn: {picture}")
+            tell(f"drawn: {picture}")
     for failure in report.failed:
-        display.print(f"FAILED: {failure}")
+        tell(f"FAILED: {failure}")
     return int(bool(report.failed))
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run the command; the exit status is 1 if an implementation failed, 2 if the arguments are not accepted."""
-    parser = argparse.ArgumentParser(prog="python -m infimm_fast.benchmarks.run", description=__doc__)
-    parser.add_argument("sections", nargs="*", metavar="section", help=f"{', '.join(SECTIONS)}; all without any")
-    parser.add_argument("--preset", help=f"{GPU_PRESET} on a GPU, {CPU_PRESET} on a CPU")
-    parser.add_argument("--tiles", type=int, nargs="+", help="only these numbers of tiles")
-    parser.add_argument("--dtype", help=", ".join(DTYPES))
-    parser.add_argument("--device", help="cuda if there is one, else cpu")
-    parser.add_argument("--against", nargs="+", help="only these peers, beside our own implementations")
-    parser.add_argument("--ops", nargs="+", help="only these ops of the sections")
-    parser.add_argument("--artifact", nargs="+", default=[], help="folders of exported models, for the section export")
-    parser.add_argument("--seconds", type=float, default=DEFAULT_SECONDS, help="of timing for each row")
-    parser.add_argument("--budget", type=float, help="seconds for the whole run; less important cases are left out")
-    parser.add_argument("--out", type=Path, default=Path("bench_output"), help="folder of the JSON file and pictures")
-    parser.add_argument("--plot", action="store_true", help="draw pictures; needs matplotlib")
-    options = parser.parse_args(arguments)
-    try:
-        tiles = tuple(options.tiles) if options.tiles else None
-        settings = Settings(
-            sections=tuple(options.sections) or SECTIONS,
-            plan=make_plan(options.preset, options.dtype, tiles, options.device, tuple(options.artifact)),
-            seconds=options.seconds,
-            budget=options.budget,
-            against=tuple(options.against) if options.against else None,
-            ops=tuple(options.ops) if options.ops else None,
-        )
-        return run_and_store(settings, options.out, options.plot)
-    except (ConfigurationError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())
+def tell(line: str) -> None:
+    """Print a line at once, wherever the output goes."""
+    print(line, flush=True)

@@ -9,18 +9,20 @@ import numpy as np
 import torch
 from PIL import Image
 
-from infimm_fast.benchmarks.cases import item_size, language_bytes, language_flops, vision_bytes, vision_flops
-from infimm_fast.benchmarks.registry import Case, Inputs, Op, Outputs, Plan, Prepared, register_implementation, register_op
+from infimm_fast.benchmarks.cases import language_bytes, language_flops, vision_bytes, vision_flops
+from infimm_fast.benchmarks.registry import BenchCase, Plan, Prepared, Stage, register_implementation, register_stage
 from infimm_fast.benchmarks.suites.language import PROMPT_TOKENS, run_from_cache
 from infimm_fast.benchmarks.suites.model import (
-    ModelOp,
+    ModelStage,
     key_values_of,
     load_model,
     make_context,
     make_ids,
-    register_model_implementations,
+    register_model_stage,
 )
+from infimm_fast.dtypes import DTYPES
 from infimm_fast.images import load_image
+from infimm_fast.kernels.common.cases import Inputs, Outputs
 from infimm_fast.models.infimm_hd.costs import key_value_flops, resampler_flops
 from infimm_fast.models.infimm_hd.image_processing_infimm_hd import InfiMMHDImageProcessor
 from infimm_fast.models.infimm_hd.presets import preset
@@ -55,27 +57,25 @@ def _picture_sizes(plan: Plan, rows: int) -> dict[str, int]:
     }
 
 
-@register_op
-class Preprocess(Op):
+class Preprocess(Stage):
     """JPEG files to normalised tiles on the device. The reference cuts with the same code and normalises plainly."""
 
-    name = "preprocess"
-    section = "preprocess"
+    name, section = "preprocess", "preprocess"
     wall_clock = True
 
-    def cases(self, plan: Plan) -> list[Case]:
+    def cases(self, plan: Plan) -> list[BenchCase]:
         """Return batches of pictures of the largest grid."""
         config, cases = plan.config, []
         for rows in _batches(plan):
             sizes = _picture_sizes(plan, rows)
             values = sizes["tiles"] * config.vision_config.num_channels * config.vision_config.image_size**2
             cases.append(
-                Case(
+                BenchCase(
                     name=f"{rows} picture{'s' * (rows > 1)} of {sizes['side']} x {sizes['side']}",
                     sizes=sizes,
                     dtype=plan.dtype,
                     flops=2 * values,
-                    bytes=values * item_size(plan.dtype),
+                    bytes=values * DTYPES[plan.dtype].itemsize,
                     importance=0 if rows == 1 else 2,
                     preset=plan.preset,
                     pictures=rows,
@@ -83,13 +83,13 @@ class Preprocess(Op):
             )
         return cases
 
-    def make_inputs(self, case: Case, device: torch.device, seed: int) -> Inputs:
+    def make_inputs(self, case: BenchCase, device: torch.device, seed: int) -> Inputs:
         """Return the files and the processor."""
         processor = InfiMMHDImageProcessor.from_config(preset(case.preset))
         jpegs = [make_jpeg(case.sizes["side"], seed + row) for row in range(case.sizes["rows"])]
         return {"processor": processor, "jpegs": jpegs, "device": device}
 
-    def reference(self, case: Case, inputs: Inputs, dtype: torch.dtype) -> Outputs:
+    def reference(self, case: BenchCase, inputs: Inputs, dtype: torch.dtype) -> Outputs:
         """Return the tiles, normalised in `dtype`."""
         processor = inputs["processor"]
         tiles = [tile for jpeg in inputs["jpegs"] for tile in processor.cut(jpeg)[0]]
@@ -103,7 +103,7 @@ class Preprocess(Op):
         return {"out": ((pixels.to(wide) / 255 - mean) / std).to(dtype)}
 
 
-def _preprocess(case: Case, inputs: Inputs, device: torch.device) -> tuple[Any, dict[str, Any]]:
+def _preprocess(case: BenchCase, inputs: Inputs, device: torch.device) -> tuple[Any, dict[str, Any]]:
     """Return the function from files to tiles on the device (with their grids), and its stages."""
     processor, jpegs = inputs["processor"], inputs["jpegs"]
 
@@ -122,21 +122,22 @@ def _preprocess(case: Case, inputs: Inputs, device: torch.device) -> tuple[Any, 
     return run, {"jpeg": read, "tiling": lambda: processor(pictures), "copy": lambda: copy(pixels)}
 
 
+register_stage(Preprocess())
+
+
 @register_implementation("preprocess", "infimm_fast", ours=True, graph=False)
-def _pillow(case: Case, inputs: Inputs) -> Prepared:
+def _pillow(case: BenchCase, inputs: Inputs) -> Prepared:
     run, stages = _preprocess(case, inputs, inputs["device"])
     return Prepared(lambda: run()[0], stages)
 
 
-@register_op
-class EndToEnd(ModelOp):
+class EndToEnd(ModelStage):
     """JPEG files and a prompt to the first token's logits; stages: how long each part and each further token takes."""
 
-    name = "end_to_end"
-    section = "e2e"
+    name, section = "end_to_end", "e2e"
     wall_clock = True
 
-    def cases(self, plan: Plan) -> list[Case]:
+    def cases(self, plan: Plan) -> list[BenchCase]:
         """Return batches of rows with one picture of the largest grid and a prompt each."""
         config, cases = plan.config, []
         tokens = 32 if plan.tiny else PROMPT_TOKENS
@@ -147,7 +148,7 @@ class EndToEnd(ModelOp):
             flops += key_value_flops(config, visual)
             moved = vision_bytes(config, plan.dtype, sizes["tiles"])
             cases.append(
-                Case(
+                BenchCase(
                     name=f"batch {rows}, a picture of {sizes['side']} x {sizes['side']} and {tokens} tokens each",
                     sizes=sizes | {"tokens": tokens},
                     dtype=plan.dtype,
@@ -161,7 +162,7 @@ class EndToEnd(ModelOp):
             )
         return cases
 
-    def make_inputs(self, case: Case, device: torch.device, seed: int) -> Inputs:
+    def make_inputs(self, case: BenchCase, device: torch.device, seed: int) -> Inputs:
         """Return the model, the processor, the files and the prompts."""
         model = load_model(case.preset, case.dtype, device)
         return {
@@ -171,7 +172,7 @@ class EndToEnd(ModelOp):
             "ids": make_ids(model.config, case.sizes["rows"], case.sizes["tokens"], device),
         }
 
-    def make_run(self, case: Case, inputs: Inputs) -> Prepared:
+    def make_run(self, case: BenchCase, inputs: Inputs) -> Prepared:
         """Return the way to the first token, with its stages and the further tokens' step."""
         model, ids = inputs["model"], inputs["ids"]
         read, stages = _preprocess(case, inputs, model.device)
@@ -198,4 +199,4 @@ class EndToEnd(ModelOp):
         return Prepared(first_token, stages)
 
 
-register_model_implementations(EndToEnd, graph=False)
+register_model_stage(EndToEnd(), graph=False)

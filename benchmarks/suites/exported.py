@@ -7,43 +7,39 @@ from typing import Any
 
 import torch
 
-from infimm_fast.benchmarks.cases import item_size, language_bytes, language_flops, vision_bytes
-from infimm_fast.benchmarks.inputs import random_tensor
+from infimm_fast.benchmarks.cases import language_bytes, language_flops, vision_bytes
 from infimm_fast.benchmarks.registry import (
-    Case,
-    Inputs,
-    Op,
-    Outputs,
+    BenchCase,
     Plan,
     Prepared,
     Run,
+    Stage,
     needs_cuda,
     register_implementation,
-    register_op,
+    register_stage,
 )
 from infimm_fast.benchmarks.suites.model import DEVIATIONS, make_ids
+from infimm_fast.dtypes import DTYPES
 from infimm_fast.errors import ConfigurationError
-from infimm_fast.kernels.common.numerics import Errors
+from infimm_fast.kernels.common.cases import Inputs, Outputs
+from infimm_fast.kernels.common.numerics import Errors, outlier_normal
 from infimm_fast.models.infimm_hd.costs import picture_costs
 
 NAME = "exported_model"
 _TOKENS = 32
-_DTYPES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 
 
-@register_op
-class ExportedModel(Op):
+class ExportedModel(Stage):
     """An artifact of `infimm_fast.export` as it stands in its folder.
 
     Its export compared it with PyTorch, and one that was never verified gets no figure. Providers are compared with the
     CPU's.
     """
 
-    name = NAME
-    section = "export"
+    name, section = NAME, "export"
     wall_clock = True
 
-    def cases(self, plan: Plan) -> list[Case]:
+    def cases(self, plan: Plan) -> list[BenchCase]:
         """Return one case for each artifact: a picture of the largest grid."""
         try:
             return [self._make_case(folder) for folder in plan.artifacts]
@@ -51,13 +47,13 @@ class ExportedModel(Op):
             raise ConfigurationError(str(error)) from error
 
     @staticmethod
-    def _make_case(folder: str) -> Case:
+    def _make_case(folder: str) -> BenchCase:
         exported = _load(folder)
-        config, dtype = exported.config, _DTYPES[exported.manifest.dtype]
+        config, dtype = exported.config, exported.manifest.dtype
         side = config.max_grid * config.vision_config.image_size
-        costs = picture_costs(config, side, side, item_size(dtype))
+        costs = picture_costs(config, side, side, DTYPES[dtype].itemsize)
         moved = vision_bytes(config, dtype, costs.tiles)
-        return Case(
+        return BenchCase(
             name=f"{folder}, a picture of {side} x {side} and {_TOKENS} tokens",
             sizes={"tiles": costs.tiles, "grid": config.max_grid, "tokens": _TOKENS},
             dtype=dtype,
@@ -68,27 +64,27 @@ class ExportedModel(Op):
             pictures=1,
         )
 
-    def make_inputs(self, case: Case, device: torch.device, seed: int) -> Inputs:
+    def make_inputs(self, case: BenchCase, device: torch.device, seed: int) -> Inputs:
         """Return tiles, grid and prompt on the host, where the runtimes take them."""
         config, host = _load(case.artifact).config, torch.device("cpu")
         size, channels = config.vision_config.image_size, config.vision_config.num_channels
         shape = (case.sizes["tiles"], channels, size, size)
         return {
-            "pixels": random_tensor(*shape, dtype=torch.float32, device=host, seed=seed),
+            "pixels": outlier_normal(*shape, dtype=torch.float32, device=host, seed=seed),
             "grids": torch.full((1, 2), case.sizes["grid"]),
             "ids": make_ids(config, 1, case.sizes["tokens"], host),
         }
 
-    def reference(self, case: Case, inputs: Inputs, dtype: torch.dtype) -> Outputs:
+    def reference(self, case: BenchCase, inputs: Inputs, dtype: torch.dtype) -> Outputs:
         """Return the CPU provider's visual tokens, whatever `dtype` is."""
         return {"out": _prepare(case, inputs, "cpu").run()}
 
-    def expected(self, case: Case, inputs: Inputs) -> Any:
+    def expected(self, case: BenchCase, inputs: Inputs) -> Any:
         """Return the CPU provider's visual tokens, and whether the export was verified."""
         return self.reference(case, inputs, case.torch_dtype)["out"], _load(case.artifact).manifest.verified
 
-    def check(self, case: Case, inputs: Inputs, expected: Any, implementation: str, run: Run) -> dict[str, Errors]:
-        """Return the deviation from the CPU provider; see `Op.check`."""
+    def check(self, case: BenchCase, inputs: Inputs, expected: Any, implementation: str, run: Run) -> dict[str, Errors]:
+        """Return the deviation from the CPU provider; see `Stage.check`."""
         features, verified = expected
         assert verified, "the artifact was never verified; export it again without --no-verify"
         deviation = ((run() - features).square().mean() / features.square().mean()).sqrt().item()
@@ -104,7 +100,7 @@ def _load(folder: str, provider: str = "cpu") -> Any:
     return load(folder, provider)
 
 
-def _prepare(case: Case, inputs: Inputs, provider: str) -> Prepared:
+def _prepare(case: BenchCase, inputs: Inputs, provider: str) -> Prepared:
     exported = _load(case.artifact, provider)
     pixels, grids, ids = inputs["pixels"], inputs["grids"], inputs["ids"]
     one = torch.ones(1, dtype=torch.int64)
@@ -124,10 +120,11 @@ def _prepare(case: Case, inputs: Inputs, provider: str) -> Prepared:
     return Prepared(run, {"encode": encode, "first token": lambda: first_token(encoded)})
 
 
-def _on(provider: str) -> Callable[[Case, Inputs], Prepared]:
+def _on(provider: str) -> Callable[[BenchCase, Inputs], Prepared]:
     return lambda case, inputs: _prepare(case, inputs, provider)
 
 
+register_stage(ExportedModel())
 register_implementation(NAME, "onnxruntime cpu", graph=False)(_on("cpu"))
-register_implementation(NAME, "onnxruntime cuda", graph=False, requires=needs_cuda)(_on("cuda"))
-register_implementation(NAME, "onnxruntime tensorrt", graph=False, requires=needs_cuda)(_on("tensorrt"))
+for _provider in ("cuda", "tensorrt"):
+    register_implementation(NAME, f"onnxruntime {_provider}", graph=False, requires=needs_cuda)(_on(_provider))

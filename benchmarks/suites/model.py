@@ -6,28 +6,28 @@ import copy
 import functools
 from abc import abstractmethod
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 
-from infimm_fast.benchmarks.inputs import random_tensor
 from infimm_fast.benchmarks.registry import (
-    DTYPES,
     IMPLEMENTATIONS,
-    OPS,
-    Case,
-    Inputs,
-    Op,
-    Outputs,
+    STAGES,
+    BenchCase,
     Plan,
     Prepared,
     Run,
+    Stage,
     needs_cuda,
     prepare,
     register_implementation,
+    register_stage,
 )
+from infimm_fast.dtypes import DTYPES
 from infimm_fast.integrations.optimization import optimize, restore
-from infimm_fast.kernels.common.numerics import Errors, assert_error_budget
+from infimm_fast.kernels.common.cases import Inputs, Outputs
+from infimm_fast.kernels.common.numerics import Errors, assert_error_budget, outlier_normal
 from infimm_fast.models.infimm_hd.configuration_infimm_hd import InfiMMHDConfig
 from infimm_fast.models.infimm_hd.modeling_gated_cross_attention import project_visual_at_once
 from infimm_fast.models.infimm_hd.modeling_infimm_hd import InfiMMHDForConditionalGeneration
@@ -35,8 +35,8 @@ from infimm_fast.models.infimm_hd.presets import preset
 from infimm_fast.models.infimm_hd.visual_context import VisualContext
 
 # Largest RMS deviation from the SDPA model in the same precision, over its RMS. Roundings of all layers add up (the naive
-# tiny model comes to 5e-2 in bf16), so this finds gross errors; the two other checks are the strict ones.
-DEVIATIONS = {"fp32": 1e-4, "fp16": 2e-2, "bf16": 1e-1}
+# tiny model comes to 5e-2 in bfloat16), so this finds gross errors; the two other checks are the strict ones.
+DEVIATIONS = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 1e-1}
 _SLICE_LAYERS, _SLICE_TOKENS = 2, 16
 # Fused ops that a way to run the model stands on.
 _ATTENTION = ("subimage_attention", "infimm_fast"), ("interval_attention", "infimm_fast")
@@ -93,7 +93,7 @@ _ENTER: dict[str, Callable[[InfiMMHDForConditionalGeneration], Any]] = {
 }
 
 
-class ModelOp(Op):
+class ModelStage(Stage):
     """A stage of the model.
 
     No fp64 reference of a whole model fits, so that three checks stand in front of its figures: the fused ops that an
@@ -102,10 +102,10 @@ class ModelOp(Op):
     """
 
     @abstractmethod
-    def make_run(self, case: Case, inputs: Inputs) -> Run | Prepared:
+    def make_run(self, case: BenchCase, inputs: Inputs) -> Run | Prepared:
         """Return what to time, on the model as it is switched now."""
 
-    def reference(self, case: Case, inputs: Inputs, dtype: torch.dtype) -> Outputs:
+    def reference(self, case: BenchCase, inputs: Inputs, dtype: torch.dtype) -> Outputs:
         """Return the result of the SDPA model, in the precision of the case whatever `dtype` is."""
         prepared = _prepare(self, "sdpa", case, inputs)
         try:
@@ -113,12 +113,12 @@ class ModelOp(Op):
         finally:
             prepared.close()
 
-    def expected(self, case: Case, inputs: Inputs) -> Any:
+    def expected(self, case: BenchCase, inputs: Inputs) -> Any:
         """Return the result of the SDPA model."""
         return self.reference(case, inputs, case.torch_dtype)["out"]
 
-    def check(self, case: Case, inputs: Inputs, expected: Any, implementation: str, run: Run) -> dict[str, Errors]:
-        """Return the errors of the slice and the deviation from the SDPA model; see `Op.check`."""
+    def check(self, case: BenchCase, inputs: Inputs, expected: Any, implementation: str, run: Run) -> dict[str, Errors]:
+        """Return the errors of the slice and the deviation from the SDPA model; see `Stage.check`."""
         device = inputs["model"].device
         _check_ops(implementation, case.preset, case.dtype, device)
         errors = {"two layers": _check_slice(implementation, case.preset, case.dtype, device)}
@@ -130,31 +130,23 @@ class ModelOp(Op):
         return errors
 
 
-def _prepare(op: ModelOp, name: str, case: Case, inputs: Inputs) -> Prepared:
+def _prepare(stage: ModelStage, name: str, case: BenchCase, inputs: Inputs) -> Prepared:
     model = inputs["model"]
     _ENTER[name](model)
-    run = op.make_run(case, inputs)
-    stages = run.stages if isinstance(run, Prepared) else {}
-    return Prepared(run.run if isinstance(run, Prepared) else run, stages, lambda: _reset(model))
+    run = stage.make_run(case, inputs)
+    prepared = run if isinstance(run, Prepared) else Prepared(run)
+    return replace(prepared, close=lambda: _reset(model))
 
 
-def register_model_implementations(op: type[ModelOp], graph: bool = True, gated_blocks: bool = True) -> None:
-    """Make every way to run the model an implementation of one of its stages.
+def register_model_stage(stage: ModelStage, graph: bool = True, gated_blocks: bool = True) -> None:
+    """Make a stage known, with every way to run the model as an implementation.
 
     Args:
-        op: the stage.
+        stage: the stage.
         graph: whether it can be captured.
         gated_blocks: whether it runs them; the plain statement's wait for the device, so that it is never captured.
     """
-
-    def prepare_in(name: str) -> Callable[[Case, Inputs], Prepared]:
-        def prepare_stage(case: Case, inputs: Inputs) -> Prepared:
-            stage = OPS[op.name]
-            assert isinstance(stage, ModelOp)
-            return _prepare(stage, name, case, inputs)
-
-        return prepare_stage
-
+    register_stage(stage)
     for name in _ENTER:
         captured = graph and not (gated_blocks and name == "naive")
         properties: dict[str, Any] = {"graph": captured, "ours": name in _OPS}
@@ -162,7 +154,7 @@ def register_model_implementations(op: type[ModelOp], graph: bool = True, gated_
             properties["requires"] = needs_cuda
         if name == "sdpa compiled":
             properties |= {"setup_seconds": 40.0, "main_only": True}
-        register_implementation(op.name, name, **properties)(prepare_in(name))
+        register_implementation(stage.name, name, **properties)(functools.partial(_prepare, stage, name))
 
 
 @functools.cache
@@ -170,12 +162,12 @@ def _check_ops(implementation: str, preset_name: str, dtype: str, device: torch.
     """Raise AssertionError unless the ops below an implementation pass on their smallest case of the preset."""
     plan = Plan(preset_name, dtype, device)
     for op_name, one in _OPS.get(implementation, ()):
-        op, candidate = OPS[op_name], IMPLEMENTATIONS[op_name][one]
-        case = min((case for case in op.cases(plan) if not case.backward), key=lambda case: case.flops)
+        stage, candidate = STAGES[op_name], IMPLEMENTATIONS[op_name][one]
+        case = min((case for case in stage.cases(plan) if not case.backward), key=lambda case: case.flops)
         if candidate.obstacle(case, device) is None:
-            inputs = op.make_inputs(case, device, seed=0)
-            run = prepare(op, case, candidate, inputs).run
-            op.check(case, inputs, op.expected(case, inputs), one, run)
+            inputs = stage.make_inputs(case, device, seed=0)
+            run = prepare(stage, case, candidate, inputs).run
+            stage.check(case, inputs, stage.expected(case, inputs), one, run)
 
 
 def _slice_logits(model: InfiMMHDForConditionalGeneration) -> torch.Tensor:
@@ -183,7 +175,7 @@ def _slice_logits(model: InfiMMHDForConditionalGeneration) -> torch.Tensor:
     config, device = model.config, model.device
     vision = config.vision_config
     shape = (1, vision.num_channels, vision.image_size, vision.image_size)
-    pixels = random_tensor(*shape, dtype=torch.float32, device=device, seed=0).to(model.dtype)
+    pixels = outlier_normal(*shape, dtype=torch.float32, device=device, seed=0).to(model.dtype)
     ids = make_ids(config, 1, _SLICE_TOKENS, device)
     return model(input_ids=ids, pixel_values=pixels, use_cache=False).logits
 
@@ -195,7 +187,7 @@ def _slice_references(preset_name: str, dtype: str, device: torch.device) -> tup
     model.set_backend("reference")
     plain = _slice_logits(model)
     # fp64 fits, but the language model's norms and positions are fp32 in any case.
-    wide = torch.float64 if dtype == "fp32" else torch.float32
+    wide = torch.float64 if dtype == "float32" else torch.float32
     return plain, _slice_logits(copy.deepcopy(model).to(wide))
 
 

@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from infimm_fast.cli.bench import bench_app
+from infimm_fast.cli.bench import PASS_ON, bench_command
 from infimm_fast.cli.export_targets import register_commands
 
 app = typer.Typer(
@@ -22,7 +22,7 @@ app = typer.Typer(
 )
 console = Console()
 error_console = Console(stderr=True)
-app.add_typer(bench_app, name="bench")
+app.command("bench", **PASS_ON)(bench_command)
 export_app = typer.Typer(help="Write a model for another runtime.", no_args_is_help=True)
 app.add_typer(export_app, name="export")
 

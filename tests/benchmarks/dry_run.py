@@ -11,8 +11,9 @@ from typing import Any
 from unittest import mock
 
 from infimm_fast.benchmarks import harness, registry, timing
-from infimm_fast.benchmarks.registry import Case, Implementation, Inputs, Op, Prepared
+from infimm_fast.benchmarks.registry import BenchCase, Implementation, Prepared, Stage
 from infimm_fast.benchmarks.suites import end_to_end, interval_attention, language, model
+from infimm_fast.kernels.common.cases import Inputs
 from infimm_fast.models.infimm_hd.configuration_infimm_hd import InfiMMHDConfig
 from infimm_fast.models.infimm_hd.image_processing_infimm_hd import InfiMMHDImageProcessor
 from interpreter import load_file
@@ -82,12 +83,12 @@ def dry_benchmarks(depth: tuple[int, int] | None = (1, 2), **options: Any) -> It
         yield dry
 
 
-def _watched(dry: Any) -> Callable[[Op, Case, Implementation, Inputs], Prepared]:
+def _watched(dry: Any) -> Callable[[Stage, BenchCase, Implementation, Inputs], Prepared]:
     """Return `prepare` whose runs note when they make the host wait."""
 
-    def prepare(op: Op, case: Case, implementation: Implementation, inputs: Inputs) -> Prepared:
-        prepared = registry.prepare(op, case, implementation, inputs)
-        label = f"{op.name}, {case.name}: {implementation.name}"
+    def prepare(stage: Stage, case: BenchCase, implementation: Implementation, inputs: Inputs) -> Prepared:
+        prepared = registry.prepare(stage, case, implementation, inputs)
+        label = f"{stage.name}, {case.name}: {implementation.name}"
 
         def run() -> Any:
             dry.timing = label

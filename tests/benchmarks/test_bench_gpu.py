@@ -22,7 +22,7 @@ case "$*" in
         head -c 50000 /dev/zero | tr '\0' '.'; echo; echo "1 failed, 456 passed"
         touch "$out/tests.xml"; exit "${TESTS_STATUS:-0}" ;;
     *tools/sanitize.py*) echo "memcheck: 10 clean"; echo '{}' > "$out/sanitize.json"; exit "${SANITIZE_STATUS:-0}" ;;
-    *benchmarks.run*)
+    *"fast.benchmarks "*)
         echo "benchmark table"; for name in bars roofline scaling stages; do touch "$out/$name.png"; done
         echo '{}' > "$out/NVIDIA-H100.json" ;;
     *benchmarks.tuning*)
@@ -82,7 +82,7 @@ def told(done, module):
 def test_all_parts_in_their_order(run):
     done = run(WORKERS="5")
     assert done.returncode == 0, done.stdout + done.stderr
-    names = ["-m pip", "-m pytest", "benchmarks.run", "benchmarks.tuning", "tools/sanitize", "tools/profile_kernels"]
+    names = ["-m pip", "-m pytest", "fast.benchmarks ", "benchmarks.tuning", "tools/sanitize", "tools/profile_kernels"]
     assert [name for call in done.calls for name in names if name in call] == names
     assert done.calls[0] == INSTALL and done.calls[1] == f"{TESTS} -n 5 --dist worksteal"
     budget = told(done, "benchmarks.tuning")
@@ -104,7 +104,7 @@ def test_all_parts_in_their_order(run):
 def test_shares_of_the_budget_follow_the_weights_and_time_that_is_not_used_goes_on(run):
     done = run(budget="400")
     # Nothing takes any time here: 5 of 16, 5 of 11, 3 of 6 and all of 400 seconds, less a few for the script itself.
-    expected = {"benchmarks.run ": 125, "benchmarks.tuning": 181, "sanitize": 200, "profile_kernels": 400}
+    expected = {"fast.benchmarks ": 125, "benchmarks.tuning": 181, "sanitize": 200, "profile_kernels": 400}
     for module, seconds in expected.items():
         assert seconds - 12 <= told(done, module) <= seconds, module
     assert "=== tests: 1" in done.stdout  # 6 of 22: 109 seconds at most
@@ -113,9 +113,9 @@ def test_shares_of_the_budget_follow_the_weights_and_time_that_is_not_used_goes_
 def test_two_calls_hold_what_matters_most(run):
     first = run("first", budget="400", WORKERS="5")
     assert first.calls[1] == f"{TESTS} -n 5 --dist worksteal tests/ops" and len(first.calls) == 3
-    assert "benchmarks.run ops cross --budget" in first.calls[2]
+    assert "fast.benchmarks ops cross --budget" in first.calls[2]
     second = run("second", budget="300")
-    assert "benchmarks.run decode vision --budget" in second.calls[1] and "benchmarks.tuning" in second.calls[2]
+    assert "fast.benchmarks decode vision --budget" in second.calls[1] and "benchmarks.tuning" in second.calls[2]
     assert len(second.calls) == 3
 
 
@@ -174,8 +174,8 @@ def test_how_the_tests_are_run(run, environment, expected):
 
 def test_sections_of_the_benchmarks_without_matplotlib(run):
     done = run("ops", "e2e", NO_MATPLOTLIB="1")
-    budget = told(done, "benchmarks.run")
-    assert done.calls[1] == f"-u -m infimm_fast.benchmarks.run ops e2e --budget {budget} --out OUT"
+    budget = told(done, "fast.benchmarks ")
+    assert done.calls[1] == f"-u -m infimm_fast.benchmarks ops e2e --budget {budget} --out OUT"
     assert done.returncode == 0 and "no pictures" in (done.out / "benchmarks.txt").read_text()
 
 

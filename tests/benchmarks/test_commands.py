@@ -2,8 +2,10 @@
 
 import json
 import re
+import runpy
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,13 +16,15 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from infimm_fast.benchmarks import SECTIONS, document
-from infimm_fast.benchmarks.registry import OPS, load_suites
+from infimm_fast.benchmarks.plot import draw_bars
+from infimm_fast.benchmarks.registry import STAGES, load_suites
 from infimm_fast.benchmarks.report import Report
-from infimm_fast.benchmarks.run import main, make_plan
+from infimm_fast.benchmarks.run import bench, make_plan
 from infimm_fast.cli import app
 from infimm_fast.errors import ConfigurationError
 
 ROOT = Path(__file__).parents[2]
+DOOR = "bench"
 QUICK = ["--preset", "tiny", "--device", "cpu", "--seconds", "0"]
 
 
@@ -50,12 +54,12 @@ def test_the_tiny_preset_from_end_to_end(tmp_path):
 
 def test_one_section_within_a_budget(tmp_path, capsys):
     arguments = ["ops", *QUICK, "--ops", "gated_residual", "--against", "naive", "--out", str(tmp_path)]
-    assert main(arguments) == 0
+    assert bench(arguments, DOOR) == 0
     (file,) = tmp_path.iterdir()
     assert re.fullmatch(r"CPU-.+_torch-.+_triton-.+_.+_ops\.json", file.name)
     assert len(json.loads(file.read_text())["cases"]) == 3
     assert "infimm_fast sdpa" in capsys.readouterr().out
-    assert main([*arguments, "--budget", "0.001"]) == 0
+    assert bench([*arguments, "--budget", "0.001"], DOOR) == 0
     report = Report.load(file)
     assert not report.cases and len(report.left_out) == 3
     assert "left out, no time in the budget: gated_residual, 128 tokens" in capsys.readouterr().out
@@ -63,11 +67,11 @@ def test_one_section_within_a_budget(tmp_path, capsys):
 
 def test_a_wrong_implementation_makes_the_command_fail(tmp_path, capsys, monkeypatch):
     load_suites()
-    op = OPS["gated_residual"]
+    op = STAGES["gated_residual"]
     reference = op.reference
     wrong = lambda case, inputs, dtype: {name: value * 1.01 for name, value in reference(case, inputs, dtype).items()}  # noqa: E731
     monkeypatch.setattr(op, "reference", wrong)
-    assert main(["ops", *QUICK, "--ops", "gated_residual", "--against", "naive", "--out", str(tmp_path)]) == 1
+    assert bench(["ops", *QUICK, "--ops", "gated_residual", "--against", "naive", "--out", str(tmp_path)], DOOR) == 1
     out = capsys.readouterr().out
     assert "FAILED: gated_residual, 128 tokens: infimm_fast sdpa" in out
     (file,) = tmp_path.glob("*.json")
@@ -85,16 +89,38 @@ def test_a_wrong_implementation_makes_the_command_fail(tmp_path, capsys, monkeyp
         (["export"], "name their folders with --artifact"),
     ],
 )
-def test_bad_arguments_are_one_line(arguments, message, capsys):
-    assert main(arguments) == 2
+def test_bad_arguments_are_one_line_behind_both_doors(arguments, message, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["infimm_fast.benchmarks", *arguments])
+    with pytest.raises(SystemExit, match="2"):
+        runpy.run_module("infimm_fast.benchmarks", run_name="__main__")
     error = capsys.readouterr().err
     assert message in error and len(error.splitlines()) == 1
+    result = CliRunner().invoke(app, ["bench", *arguments])
+    assert result.exit_code == 1 and message in result.output and len(result.output.splitlines()) == 1
+
+
+def test_a_folder_that_cannot_be_written_is_found_before_anything_runs(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigurationError, match=r"no report can be written to .*; name a folder with --out"):
+        bench(["ops", *QUICK, "--out", str(tmp_path / "file" / "folder")], DOOR)
+    with pytest.raises(ConfigurationError, match="no report can be written"):
+        bench(["ops", *QUICK, "--out", str(tmp_path / "file")], DOOR)
+
+
+def test_the_help_is_the_same_behind_both_doors(capsys):
+    result = CliRunner().invoke(app, ["bench", "--help"])
+    assert result.exit_code == 0 and "--artifact" in result.output
+    with pytest.raises(SystemExit, match="0"):
+        bench(["--help"], "infimm-fast bench")
+    usage = capsys.readouterr().out
+    assert usage.split("positional arguments")[1] == result.output.split("positional arguments")[1]
+    assert all(f"\n  {section} " in usage for section in SECTIONS)
 
 
 def test_a_cpu_gets_the_tiny_preset(monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     plan = make_plan()
-    assert (plan.preset, plan.dtype, plan.device.type, plan.tile_counts) == ("tiny", "fp32", "cpu", (1, 2, 5))
+    assert (plan.preset, plan.dtype, plan.device.type, plan.tile_counts) == ("tiny", "float32", "cpu", (1, 2, 5))
     with pytest.raises(ConfigurationError, match="cannot be used here"):
         make_plan(device="cuda")
 
@@ -102,10 +128,10 @@ def test_a_cpu_gets_the_tiny_preset(monkeypatch):
 def test_the_module_runs_without_rich_and_typer(tmp_path):
     arguments = ["ops", *QUICK, "--ops", "gated_residual", "--against", "naive", "--out", str(tmp_path)]
     code = f"""
-import sys
+import runpy, sys
 sys.modules |= dict.fromkeys(("rich", "typer", "matplotlib"))  # as if they were not installed
-from infimm_fast.benchmarks.run import main
-raise SystemExit(main({arguments!r}))
+sys.argv[1:] = {arguments!r}
+runpy.run_module("infimm_fast.benchmarks", run_name="__main__")
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=120)
     assert done.returncode == 0, done.stderr
@@ -116,7 +142,7 @@ def test_the_page_is_what_the_stored_runs_give():
     reports = document.stored_reports(ROOT / document.RESULTS)
     assert reports
     page = (ROOT / document.PAGE).read_text()
-    assert page == document.render(reports), "run python -m infimm_fast.benchmarks.document"
+    assert page == document.render(reports), "run infimm-fast bench page"
     pictures = re.findall(r"!\[[^\]]*\]\(([^)]+)\)", page)
     assert len(pictures) >= 4
     for target in [*pictures, *re.findall(r"[^!]\[[^\]]+\]\(([^)]+)\)", page)]:
@@ -131,7 +157,16 @@ def test_writing_the_page(tmp_path, capsys):
     (tmp_path / "docs").mkdir()
     for file in source.glob("*.json"):
         (tmp_path / document.RESULTS / file.name).write_bytes(file.read_bytes())
-    assert document.main(["--root", str(tmp_path)]) == 0
+    assert bench(["page", str(tmp_path)], DOOR) == 0
     assert (tmp_path / document.PAGE).read_text() == (ROOT / document.PAGE).read_text()
     drawn = {file.name for file in (tmp_path / document.IMAGES).iterdir()}
     assert drawn == {file.name for file in (ROOT / document.IMAGES).iterdir()}
+
+
+def test_a_bar_far_longer_than_the_others_is_cut_and_says_how_long_it_is():
+    (report,) = document.stored_reports(ROOT / document.RESULTS).values()
+    case = next(case for case in report.cases if case.op == "vision_tower" and case.importance == 0)
+    times = dict(zip(("naive", "sdpa", "fused", "fused folded"), (5000.0, 30.0, 28.0, 27.0), strict=True))
+    rows = [replace(row, median_ms=times.get(row.implementation)) for row in case.rows]
+    (axes,) = draw_bars(replace(report, cases=[replace(case, rows=rows)])).axes
+    assert axes.get_xlim()[1] < 50 and "5e+03 ▶" in [text.get_text() for text in axes.texts]

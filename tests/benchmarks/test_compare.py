@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 
 from infimm_fast.benchmarks.compare import compare, is_regression, load_or_run
 from infimm_fast.benchmarks.report import CaseResult, Report, Row
+from infimm_fast.benchmarks.run import bench
 from infimm_fast.benchmarks.timing import Times
 from infimm_fast.cli import app
 from infimm_fast.errors import ConfigurationError
@@ -34,7 +35,8 @@ def make_report(samples, device="a card", case="one", remark=""):
             samples=len(times.samples),
         )
     rows = [row]
-    result = CaseResult("op", "ops", case, {}, "bf16", 0, False, 1, 1, (), "copy", 1, {}, rows)
+    sizes = {"sizes": {}, "dtype": "bfloat16", "importance": 0, "backward": False, "flops": 1, "bytes": 1, "series": ()}
+    result = CaseResult("op", "ops", case, **sizes, bound="copy", input_sets=1, gpu={}, rows=rows)
     return Report("title", {"device": device}, {}, {"matmul_tflops": 1.0, "copy_gb_s": 1.0}, [result])
 
 
@@ -88,6 +90,31 @@ def test_the_command_shows_ratios_and_fails_on_a_regression(tmp_path):
     assert slower.exit_code == 1 and "slower" in slower.output
     refused = run(app, ["bench", "compare", "neither-file-nor-revision", str(tmp_path / "slower.json")])
     assert refused.exit_code == 1
+
+
+def test_a_comparison_is_readable_at_eighty_columns(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    (case,) = make_report(noisy(1.0, 0.01, 1)).cases
+    names = ("sdpa efficient dense mask", "fused")
+    rows = [replace(case.rows[0], implementation=name, median_ms=12345.678) for name in names]
+    long = replace(case, op="interval_attention", case="decode batch 64, 10 tiles, one picture for all", rows=rows)
+    for name, factor in (("before", 1), ("after", 10)):
+        changed = [replace(row, median_ms=row.median_ms * factor) for row in rows]
+        Report("", {"device": "a card"}, {}, {}, [replace(long, rows=changed)]).save(tmp_path / name)
+    assert bench(["compare", str(tmp_path / "before"), str(tmp_path / "after")], "bench") == 1
+    out = capsys.readouterr().out
+    assert max(map(len, out.splitlines())) <= 80 and "…" not in out
+    assert "interval_attention, decode batch 64, 10 tiles, one picture for all, bfloat16" in out
+    for row in rows:
+        assert len([line for line in out.splitlines() if row.implementation in line and "slower" in line]) == 1
+
+
+def test_without_a_second_source_what_is_installed_is_run(tmp_path, capfd):
+    run = ["ops", "--ops", "gated_residual", "--against", "naive", "--device", "cpu", "--seconds", "0"]
+    assert bench([*run, "--out", str(tmp_path)], "bench") == 0
+    (file,) = tmp_path.iterdir()
+    assert bench(["compare", str(file), *run], "bench") in (0, 1)
+    assert capfd.readouterr().out.count("gated_residual, 128 tokens, with backward, float32") == 3
 
 
 def test_what_is_neither_a_file_nor_a_revision_is_refused(tmp_path, monkeypatch):

@@ -18,10 +18,11 @@ import torch
 from infimm_fast.benchmarks import SECTIONS, document, harness
 from infimm_fast.benchmarks.ceilings import Ceilings
 from infimm_fast.benchmarks.harness import Settings
-from infimm_fast.benchmarks.registry import IMPLEMENTATIONS, OPS, Case, Implementation, Inputs, Run, load_suites, prepare
+from infimm_fast.benchmarks.registry import IMPLEMENTATIONS, STAGES, BenchCase, Implementation, Run, load_suites, prepare
 from infimm_fast.benchmarks.report import CaseResult, Report
 from infimm_fast.benchmarks.run import GPU_PRESET, make_plan, run_and_store
 from infimm_fast.benchmarks.timing import Timer
+from infimm_fast.kernels.common.cases import Inputs
 from interpreter import load_file
 
 pytest.importorskip("triton")
@@ -36,7 +37,7 @@ REASONS = ("on the main cases only", "has no mask", "not installed: No module na
 
 def check_rows(case: CaseResult) -> None:
     """Every implementation ran, and every one that can be captured was."""
-    known, wall_clock = IMPLEMENTATIONS[case.op], OPS[case.op].wall_clock
+    known, wall_clock = IMPLEMENTATIONS[case.op], STAGES[case.op].wall_clock
     for row in case.rows:
         where = f"{case.op}, {case.case}, {row.implementation}, {row.mode}: {row.remark}"
         assert not row.failed and not (row.ours and row.remark), where
@@ -59,7 +60,7 @@ def test_the_plan_of_a_gpu(preset: str, sections: tuple[str, ...], tmp_path: Pat
         plan = make_plan(preset)
         against = ("sdpa",) if preset == ZEPHYR else None
         assert run_and_store(Settings(sections, plan, 0.0, against=against), tmp_path, plot=True) == 0
-        expected = {(op.name, case.name) for op in OPS.values() if op.section in sections for case in op.cases(plan)}
+        expected = {(op.name, case.name) for op in STAGES.values() if op.section in sections for case in op.cases(plan)}
     (file,) = tmp_path.glob("*.json")
     report = Report.load(file)
     assert {(case.op, case.case) for case in report.cases} == expected and not report.left_out
@@ -80,32 +81,32 @@ def test_every_section_is_run() -> None:
 
 def test_a_step_from_a_cache_with_a_window_is_the_same_every_time() -> None:
     load_suites()
-    op, plan = OPS["decode_step"], make_plan("tiny-zephyr", device="cpu")
+    op, plan = STAGES["decode_step"], make_plan("tiny-zephyr", device="cpu")
     case = op.cases(plan)[0]
     inputs = op.make_inputs(case, plan.device, seed=0)
     run = prepare(op, case, IMPLEMENTATIONS[op.name]["sdpa"], inputs).run
     assert inputs["model"].config.text_config.sliding_window and torch.equal(run(), run())
 
 
-def _from_the_host(case: Case, inputs: Inputs) -> Run:
-    from infimm_fast.benchmarks.suites.subimage_attention import naive
+def _from_the_host(case: BenchCase, inputs: Inputs) -> Run:
+    from infimm_fast.benchmarks.suites.attention import naive
 
     return lambda: naive(*inputs["qkv"].unbind(2)) * torch.ones(112, dtype=case.torch_dtype).to("cuda")
 
 
-def _on_two_devices(case: Case, inputs: Inputs) -> Run:
+def _on_two_devices(case: BenchCase, inputs: Inputs) -> Run:
     return lambda: inputs["q"] * torch.ones(112)
 
 
-def _renamed(case: Case, inputs: Inputs) -> Run:
+def _renamed(case: BenchCase, inputs: Inputs) -> Run:
     return lambda: inputs["query"]
 
 
-def _transposed(case: Case, inputs: Inputs) -> Run:
+def _transposed(case: BenchCase, inputs: Inputs) -> Run:
     return lambda: inputs["q"].transpose(1, 2)
 
 
-def _history(case: Case, inputs: Inputs) -> Run:
+def _history(case: BenchCase, inputs: Inputs) -> Run:
     q, k, v = inputs["qkv"].unbind(2)
     return lambda: q * k * v
 
@@ -120,9 +121,9 @@ def _history(case: Case, inputs: Inputs) -> Run:
         (_history, True, "CaptureError: the backward pass of"),
     ],
 )
-def test_mistakes_are_found(prepare: Callable[[Case, Inputs], Run], backward: bool, remark: str) -> None:
+def test_mistakes_are_found(prepare: Callable[[BenchCase, Inputs], Run], backward: bool, remark: str) -> None:
     with DRY_RUN.dry_benchmarks() as dry:
-        op, plan = OPS["subimage_attention"], make_plan(tiles=(1,))
+        op, plan = STAGES["subimage_attention"], make_plan(tiles=(1,))
         case = next(case for case in op.cases(plan) if case.backward == backward)
         timer, one = Timer(plan.device, 0.0), Implementation("one", prepare, ours=True)
         result = harness.run_case(op, case, [one], timer, Ceilings(1.0, 1.0))
@@ -132,7 +133,7 @@ def test_mistakes_are_found(prepare: Callable[[Case, Inputs], Run], backward: bo
 
 def test_memory_that_is_not_there_is_found() -> None:
     with DRY_RUN.dry_benchmarks(memory=2**30):
-        op, plan = OPS["subimage_attention"], make_plan()
+        op, plan = STAGES["subimage_attention"], make_plan()
         case = next(case for case in op.cases(plan) if case.backward)
         ones = [IMPLEMENTATIONS[op.name][name] for name in ("naive", "infimm_fast")]
         result = harness.run_case(op, case, ones, Timer(plan.device, 0.0), Ceilings(1.0, 1.0))

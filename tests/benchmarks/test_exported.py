@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import infimm_fast.export
-from infimm_fast.benchmarks.harness import Progress, Settings, run_benchmarks
+from infimm_fast.benchmarks.harness import Settings, run_benchmarks
 from infimm_fast.benchmarks.registry import IMPLEMENTATIONS, Plan, load_suites, register_implementation
 from infimm_fast.benchmarks.suites import exported
 from infimm_fast.errors import ConfigurationError
@@ -44,8 +44,8 @@ def run(monkeypatch, by_provider):
     monkeypatch.setattr(infimm_fast.export, "load", lambda folder, provider="cpu": by_provider[provider])
     monkeypatch.setitem(IMPLEMENTATIONS, "exported_model", dict(IMPLEMENTATIONS["exported_model"]))
     register_implementation("exported_model", "other", graph=False)(exported._on("other"))
-    plan = Plan("tiny", "fp32", torch.device("cpu"), artifacts=("a folder",))
-    report = run_benchmarks(Settings(("export",), plan, 0.0), Progress())
+    plan = Plan("tiny", "float32", torch.device("cpu"), artifacts=("a folder",))
+    report = run_benchmarks(Settings(("export",), plan, 0.0))
     (case,) = report.cases
     return {row.implementation: row for row in case.rows}
 
@@ -73,6 +73,6 @@ def test_what_is_no_artifact_is_one_line(monkeypatch):
         raise ArtifactError("a folder is no artifact")
 
     monkeypatch.setattr(infimm_fast.export, "load", refuse)
-    plan = Plan("tiny", "fp32", torch.device("cpu"), artifacts=("a folder",))
+    plan = Plan("tiny", "float32", torch.device("cpu"), artifacts=("a folder",))
     with pytest.raises(ConfigurationError, match="a folder is no artifact"):
-        run_benchmarks(Settings(("export",), plan, 0.0), Progress())
+        run_benchmarks(Settings(("export",), plan, 0.0))

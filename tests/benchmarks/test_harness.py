@@ -8,30 +8,31 @@ from pathlib import Path
 import pytest
 import torch
 
-from infimm_fast.benchmarks import registry
+from infimm_fast.benchmarks import harness, registry
 from infimm_fast.benchmarks.ceilings import Ceilings
-from infimm_fast.benchmarks.harness import Budget, Progress, Settings, run_benchmarks, run_case
-from infimm_fast.benchmarks.inputs import random_tensor
+from infimm_fast.benchmarks.display import case_table
+from infimm_fast.benchmarks.harness import Budget, Settings, run_benchmarks, run_case
 from infimm_fast.benchmarks.registry import (
     IMPLEMENTATIONS,
-    OPS,
-    Case,
+    STAGES,
+    BenchCase,
     Implementation,
-    Op,
     Plan,
     Prepared,
+    Stage,
     load_suites,
     register_implementation,
-    register_op,
+    register_stage,
 )
 from infimm_fast.benchmarks.report import Report
-from infimm_fast.benchmarks.suites.interval_attention import once_for_case
-from infimm_fast.benchmarks.suites.subimage_attention import naive
+from infimm_fast.benchmarks.suites.attention import naive, once_for_case
 from infimm_fast.benchmarks.timing import Timer, input_sets, pinned_threads
 from infimm_fast.errors import ConfigurationError
+from infimm_fast.kernels.common.cases import GATE, Case, Cost, Op
+from infimm_fast.kernels.common.numerics import outlier_normal
 
 CPU = torch.device("cpu")
-PLAN = Plan("tiny", "fp32", CPU)
+PLAN = Plan("tiny", "float32", CPU)
 CEILINGS = Ceilings(matmul_tflops=1.0, copy_gb_s=100.0)
 README = Path(__file__).parents[2] / "benchmarks" / "README.md"
 
@@ -42,19 +43,19 @@ def own_registry(monkeypatch):
     load_suites()
     for name, ones in IMPLEMENTATIONS.items():
         monkeypatch.setitem(IMPLEMENTATIONS, name, dict(ones))
-    before = set(OPS)
+    before = set(STAGES)
     yield
-    for name in set(OPS) - before:
-        del OPS[name], IMPLEMENTATIONS[name]
+    for name in set(STAGES) - before:
+        del STAGES[name], IMPLEMENTATIONS[name]
 
 
 def attention_case(backward=False):
     sizes = {"tiles": 3, "tokens": 33, "heads": 2, "head_dim": 24}
-    return Case("small", sizes, "fp32", flops=10**6, bytes=10**5, backward=backward)
+    return BenchCase("small", sizes, backward, dtype="float32", flops=10**6, bytes=10**5)
 
 
 def measure(name, backward=False):
-    op, case = OPS["subimage_attention"], attention_case(backward)
+    op, case = STAGES["subimage_attention"], attention_case(backward)
     result = run_case(op, case, [IMPLEMENTATIONS[op.name][name]], Timer(CPU, 0.0), CEILINGS)
     (row,) = result.rows
     return row
@@ -149,8 +150,8 @@ class Clock:
         return self.seconds
 
 
-class Scripted(Op):
-    """An op whose runs take as long as a script says."""
+class Scripted(Stage):
+    """A stage whose runs take as long as a script says."""
 
     name, section = "scripted", "ops"
 
@@ -159,22 +160,22 @@ class Scripted(Op):
         self.importances = (0,)
 
     def cases(self, plan):
+        kind = {"dtype": "float32", "flops": 100, "bytes": 100}
         return [
-            Case(f"case {i}", {"n": 8}, "fp32", 100, 100, importance, series=(("cases", "number", i),))
+            BenchCase(f"case {i}", {"n": 8}, importance=importance, series=(("cases", "number", i),), **kind)
             for i, importance in enumerate(self.importances)
         ]
 
     def make_inputs(self, case, device, seed):
-        return {"x": random_tensor(8, dtype=torch.float32, device=device, seed=seed)}
+        return {"x": outlier_normal(8, dtype=torch.float32, device=device, seed=seed)}
 
     def reference(self, case, inputs, dtype):
         return {"out": inputs["x"].to(dtype) * 2}
 
 
 def scripted(durations, importances=(0,)):
-    """Register an op whose runs take these seconds in turn; return it."""
-    register_op(Scripted)
-    op = OPS["scripted"]
+    """Register a stage whose runs take these seconds in turn; return it."""
+    op = register_stage(Scripted())
     op.importances = importances
     calls = iter(range(10**9))
 
@@ -190,7 +191,7 @@ def scripted(durations, importances=(0,)):
 
 
 def run_scripted(op, budget=None):
-    return run_benchmarks(Settings(("ops",), PLAN, 0.0, budget, ops=("scripted",)), Progress(), now=op.clock)
+    return run_benchmarks(Settings(("ops",), PLAN, 0.0, budget, ops=("scripted",)), now=op.clock)
 
 
 def test_the_median_and_percentiles_come_from_the_clock():
@@ -229,14 +230,14 @@ def test_unknown_names_are_refused():
         (Settings(("ops",), PLAN, 0.0, against=("nonsense",)), "peer 'nonsense'"),
     ):
         with pytest.raises(ConfigurationError, match=word):
-            run_benchmarks(settings, Progress())
+            run_benchmarks(settings)
 
 
 def test_against_deselects_peers_only():
     scripted([0.001])
     register_implementation("scripted", "ours", ours=True)(lambda case, inputs: lambda: inputs["x"] * 2)
     register_implementation("scripted", "other")(lambda case, inputs: lambda: inputs["x"] * 2)
-    report = run_benchmarks(Settings(("ops",), PLAN, 0.0, against=("other",), ops=("scripted",)), Progress())
+    report = run_benchmarks(Settings(("ops",), PLAN, 0.0, against=("other",), ops=("scripted",)))
     assert [row.implementation for row in report.cases[0].rows] == ["ours", "other"]
 
 
@@ -258,23 +259,64 @@ def test_a_report_is_read_as_it_was_written(tmp_path):
         Report.load(tmp_path / "missing.json")
 
 
-def test_an_op_and_a_peer_are_one_registration_each_as_the_readme_says():
-    names = vars(registry) | {"random_tensor": random_tensor}
+def test_a_stage_and_a_peer_are_one_registration_each_as_the_readme_says():
+    names = vars(registry) | {"outlier_normal": outlier_normal}
     examples = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
     assert len(examples) == 2
     for example in examples:
-        assert len([line for line in example.splitlines() if line.strip()]) <= 10
+        assert len([line for line in example.splitlines() if line.strip()]) <= 11
         exec(example, names)
-    report = run_benchmarks(Settings(("ops",), PLAN, 0.0, ops=("doubling",)), Progress())
+    report = run_benchmarks(Settings(("ops",), PLAN, 0.0, ops=("doubling",)))
     (case,) = report.cases
     assert case.rows[0].implementation == "by addition" and case.rows[0].median_ms > 0 and not report.failed
+
+
+def test_an_op_without_a_suite_is_measured_on_its_own_cases(monkeypatch):
+    class Doubling(Op):
+        name, kernels, leaves = "double", {}, ("x",)
+        cases = (Case("eight", {"n": 8}, backward=True), Case("for the compiler", {"n": 9}, uses=(GATE,)))
+
+        def make_inputs(self, case, dtype, device, seed=0):
+            x = outlier_normal(case.sizes["n"], dtype=dtype, device=device, seed=seed).requires_grad_(case.backward)
+            return {"x": x, "gradients": (torch.ones(case.sizes["n"], dtype=dtype),)}
+
+        def call(self, case, inputs, backend):
+            return (2 * inputs["x"],)
+
+        def reference(self, case, inputs, dtype):
+            return {"out": 2 * inputs["x"].detach().to(dtype), "x": torch.full((8,), 2, dtype=dtype)}
+
+        def cost(self, case, dtype, kernel=None):
+            return Cost(case.sizes["n"], 2 * case.sizes["n"] * dtype.itemsize)
+
+        kernels_of = width = config = launch = rules = None
+
+    known = registry.find_ops() | {"double": Doubling()}
+    monkeypatch.setattr(registry, "find_ops", lambda: known)
+    (case,) = run_benchmarks(Settings(("ops",), PLAN, 0.0, ops=("double",))).cases
+    assert (case.case, case.flops, case.bytes) == ("eight", 8, 64)
+    rows = {row.implementation: row for row in case.rows}
+    assert list(rows) == ["reference", "infimm_fast sdpa", "infimm_fast"]
+    assert set(rows["reference"].errors) == set(rows["infimm_fast sdpa"].errors) == {"out", "x"}
+    assert rows["infimm_fast"].remark == "needs a CUDA GPU"
+
+
+def test_a_figure_above_a_ceiling_is_flagged_and_the_ceilings_are_measured_again(monkeypatch):
+    measured = iter([Ceilings(1e-9, 1e-6), Ceilings(1e-8, 1e-7), *[Ceilings(1e-9, 1e-9)] * 9])
+    monkeypatch.setattr(harness, "measure_ceilings", lambda dtype, timer: next(measured))
+    lines, clock = [], scripted([1e-3], (0,) * 9).clock
+    report = run_benchmarks(Settings(("ops",), PLAN, 0.0, ops=("scripted",)), lines.append, now=clock)
+    assert report.ceilings == {"matmul_tflops": 1e-8, "copy_gb_s": 1e-6}
+    assert sum("measured again" in line for line in lines) == 3 and len(list(measured)) == 11 - 4
+    assert [row.share for case in report.cases for row in case.rows] == [pytest.approx(100.0)] * 9
+    assert case_table(report.cases[0])[1][0][-2:] == ["10000%", "ABOVE the measured ceiling"]
 
 
 def test_a_card_too_small_for_a_case_is_said_and_the_run_goes_on(monkeypatch):
     def too_large(case, device, seed):
         raise torch.cuda.OutOfMemoryError("tried to allocate much")
 
-    monkeypatch.setattr(OPS["subimage_attention"], "make_inputs", too_large)
+    monkeypatch.setattr(STAGES["subimage_attention"], "make_inputs", too_large)
     row = measure("naive")
     assert row.remark == "does not run: out of memory for inputs and reference" and not row.failed
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from infimm_fast.benchmarks import SECTIONS
-from infimm_fast.benchmarks.harness import Progress, Settings, run_benchmarks
+from infimm_fast.benchmarks.harness import Settings, run_benchmarks
 from infimm_fast.benchmarks.registry import Plan
 from infimm_fast.benchmarks.timing import Timer, input_sets
 
@@ -14,9 +14,9 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 
 
 def test_the_tiny_preset_on_a_gpu() -> None:
-    plan = Plan("tiny", "bf16", torch.device("cuda"))
+    plan = Plan("tiny", "bfloat16", torch.device("cuda"))
     peers = ("naive", "naive, K/V cached", "sdpa", "sdpa dense mask")
-    report = run_benchmarks(Settings(SECTIONS, plan, 0.0, against=peers), Progress())
+    report = run_benchmarks(Settings(SECTIONS, plan, 0.0, against=peers))
     assert not report.failed
     assert report.ceilings["matmul_tflops"] > 1 and report.ceilings["copy_gb_s"] > 50
     for case in report.cases:
