@@ -100,7 +100,7 @@ def _with_shape(config: LaunchConfig, shape: str) -> LaunchConfig:
         block_n=int(block_n),
         num_warps=int(warps),
         num_stages=int(stages),
-        max_registers=cap and int(cap),
+        max_registers=int(cap) if cap else None,
     )
 
 

@@ -275,7 +275,7 @@ def run_job(op: Op, job: Job, candidates: Sequence[Candidate], timer: Timer, cei
     except Exception as error:  # too little memory, most likely; other jobs are smaller
         return replace(result, remark=_remark(error, device))
     measured = [measure(op, job, one, inputs, (plain, exact), timer) for one in candidates]
-    again = measured[0].ms and time_candidate(op, job, candidates[0], inputs, timer)["ms"]
+    again = measured[0].ms and time_candidate(op, job, candidates[0], inputs, timer)[0]
     return replace(result, measured=measured, again_ms=again, gpu=gpu_state(device))
 
 
@@ -297,20 +297,21 @@ def measure(
         with constants_set(op, job, candidate.constants), poisoned_memory():
             actual = op.checked(job.case, op.launch(job, inputs[0], candidate.config))
         errors = {name: asdict(assert_error_budget(name, x, plain[name], exact[name])) for name, x in actual.items()}
-        return Measured(candidate.label, errors=errors, **time_candidate(op, job, candidate, inputs, timer))
+        ms, eager_ms = time_candidate(op, job, candidate, inputs, timer)
+        return Measured(candidate.label, ms, eager_ms, errors)
     except AssertionError as error:
         return Measured(candidate.label, remark=f"FAILED the check: {error}")
     except Exception as error:  # one candidate that does not run is a result, not an end
         return Measured(candidate.label, remark=_remark(error, timer.device))
 
 
-def time_candidate(op: Op, job: Job, candidate: Candidate, inputs: Sequence[Inputs], timer: Timer) -> dict[str, float]:
-    """Return the times of one candidate, as `Measured` names them."""
+def time_candidate(op: Op, job: Job, candidate: Candidate, inputs: Sequence[Inputs], timer: Timer) -> tuple[float, float]:
+    """Return the median of replays of a graph (of calls without a GPU), and that of single calls."""
     with constants_set(op, job, candidate.constants):
         runs = [timed_run(op, job, candidate, one) for one in inputs]
         eager = timer.eager(runs)
         times = timer.graph(runs) if timer.device.type == "cuda" else eager
-    return {"ms": times.median, "eager_ms": eager.median}
+    return times.median, eager.median
 
 
 def timed_run(op: Op, job: Job, candidate: Candidate, inputs: Inputs) -> Callable[[], Any]:

@@ -108,8 +108,8 @@ def _make_cases() -> Iterator[Case]:
     for tokens in (128, 512, 2048):
         for images in (1, 4):
             name = f"prefill {tokens} tokens, 10 tiles, {'one picture' if images == 1 else '4 interleaved pictures'}"
-            uses = (BENCH, TUNE) if (tokens, images) == (2048, 1) else (BENCH,)
-            yield Case(name, make_sizes(1, tokens, images=images), importance=int(tokens != 2048), uses=uses)
+            tuned = (TUNE,) * ((tokens, images) == (2048, 1))
+            yield Case(name, make_sizes(1, tokens, images=images), importance=int(tokens != 2048), uses=(BENCH, *tuned))
     for rows, shared in ((1, 0), (8, 0), (8, 1), (64, 0), (64, 1)):
         name = f"decode batch {rows}, 10 tiles, {'one picture for all' if shared else 'a picture for each'}"
         uses = (BENCH, *(TUNE,) * (not shared), *(PROFILE,) * (rows != 8 and not shared))
@@ -139,10 +139,10 @@ def _gate_cases() -> Iterator[Case]:
         for head_dim in HEAD_DIMS:
             if name in ("grouped", "drafted") and head_dim not in (HEAD_DIMS[0], HEAD_DIMS[-1]):
                 continue
-            kernels: ClassVar = {"short": ("forward",), "single": ("decode",), "drafted": ("decode",)}.get(
-                name, ("forward", *_BACKWARD)
-            )
-            if name == "folded":
+            kernels: tuple[str, ...] = ("forward", *_BACKWARD)
+            if name in ("short", "single", "drafted"):
+                kernels = ("forward",) if name == "short" else ("decode",)
+            elif name == "folded":
                 # The plan does not depend on the head dim.
                 kernels = ("plan",) * (head_dim == HEAD_DIMS[0]) + ("decode", "combine")
             dtypes = ("bfloat16",) if name in ("short", "grouped", "drafted") else ("bfloat16", "float32")
@@ -191,7 +191,7 @@ class IntervalAttention(Op):
         # With a backward pass the views are made anew: those made before a CUDA graph is captured belong to another
         # stream, and autograd would have to wait for that.
         k, v = inputs["kv"].unbind(1) if case.backward else (inputs["k"], inputs["v"])
-        return (interval_attention(inputs["q"], k, v, inputs["kv_range"], backend=backend),)  # type: ignore[return-value]
+        return (interval_attention(inputs["q"], k, v, inputs["kv_range"], backend=backend),)
 
     def reference(self, case: Case, inputs: Inputs, dtype: torch.dtype) -> Outputs:
         """Return the plain statement's result for the checked text tokens; all of them before a backward pass."""

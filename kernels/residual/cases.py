@@ -100,18 +100,19 @@ class GatedResidual(Op):
         """Return the sum and, unless the case is plain, its LayerNorm."""
         x, y, gate, weight, bias = (inputs[name] for name in LEAVES)
         if case.sizes.get("plain"):
-            return (gated_residual(x, y, gate, inputs["keep"], backend=backend),)  # type: ignore[return-value]
-        results = gated_residual(x, y, gate, inputs["keep"], norm_weight=weight, norm_bias=bias, backend=backend)
-        return results  # type: ignore[return-value]
+            return (gated_residual(x, y, gate, inputs["keep"], backend=backend),)
+        return gated_residual(x, y, gate, inputs["keep"], norm_weight=weight, norm_bias=bias, backend=backend)
 
     def reference(self, case: Case, inputs: Inputs, dtype: torch.dtype) -> Outputs:
         """Return the plain statement's results."""
         leaves = [inputs[name].detach().to(dtype).requires_grad_(case.backward) for name in self.leaves_of(case)]
-        found = gated_residual_reference(*leaves[:3], inputs["keep"], *leaves[3:])[: len(self.outputs_of(case))]
-        outputs = dict(zip(self.outputs, (one.detach() for one in found), strict=False))  # type: ignore[union-attr]
+        norm = dict(zip(("norm_weight", "norm_bias"), leaves[3:], strict=False))
+        x, y, gate = leaves[:3]
+        found = [one for one in gated_residual_reference(x, y, gate, inputs["keep"], **norm) if one is not None]
+        outputs = dict(zip(self.outputs, (one.detach() for one in found), strict=False))
         if not case.backward:
             return outputs
-        gradients = torch.autograd.grad(found, leaves, [one.to(dtype) for one in inputs["gradients"]])  # type: ignore[arg-type]
+        gradients = torch.autograd.grad(found, leaves, [one.to(dtype) for one in inputs["gradients"]])
         return outputs | dict(zip(LEAVES, gradients, strict=False))
 
     def checked(self, case: Case, results: tuple[torch.Tensor, ...]) -> Outputs:
@@ -145,16 +146,17 @@ class GatedResidual(Op):
 
         x, y, gate, weight, bias = (inputs[name].detach() for name in LEAVES)
         keep, options = inputs["keep"], Options()
-        norm = (None, None) if job.case.sizes.get("plain") else (weight, bias)
+        if job.case.sizes.get("plain"):
+            weight = bias = None
         backward = job.kernel == "backward"
         forward_config = self.config(job) if backward else config
-        results = inputs.get("forward") or launch_forward(x, y, gate, keep, *norm, options, config=forward_config)
+        results = inputs.get("forward") or launch_forward(x, y, gate, keep, weight, bias, options, config=forward_config)
         if not backward:
             return results
-        gradients = Gradients(*(torch.empty_like(one) for one in (x, y, gate, weight, bias)))
+        gradients = Gradients(*(torch.empty_like(inputs[name]) for name in LEAVES))
         grad, grad_normed = inputs["gradients"][0], inputs["gradients"][-1]
-        launch_backward(grad, grad_normed, y, gate, keep, norm[0], results[0], options, gradients=gradients, config=config)
-        if norm[0] is None:
+        launch_backward(grad, grad_normed, y, gate, keep, weight, results[0], options, gradients=gradients, config=config)
+        if weight is None:
             gradients = gradients._replace(dx=grad)
         return *results[: len(self.outputs_of(job.case))], *gradients[: len(self.leaves_of(job.case))]
 

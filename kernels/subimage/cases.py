@@ -150,11 +150,11 @@ class SubimageAttention(Op):
         """Return the output."""
         options = inputs["options"] | {"backend": backend}
         if case.sizes.get("packed"):
-            return (subimage_attention_packed(inputs["qkv"], **options),)  # type: ignore[return-value]
+            return (subimage_attention_packed(inputs["qkv"], **options),)
         # With a backward pass the views are made anew: those made before a CUDA graph is captured belong to another
         # stream, and autograd would have to wait for that.
         parts = inputs["qkv"].unbind(2) if case.backward else (inputs[name] for name in "qkv")
-        return (subimage_attention(*parts, **options),)  # type: ignore[return-value]
+        return (subimage_attention(*parts, **options),)
 
     def reference(self, case: Case, inputs: Inputs, dtype: torch.dtype) -> Outputs:
         """Return the plain statement's result on the checked tiles."""
