@@ -19,67 +19,36 @@ ALIGN = tl.constexpr(8)
 
 @triton.jit(do_not_specialize=["num_tokens"])
 def subimage_attention_packed_entry(
-    qkv_ptr,
-    num_tokens,
-    out_ptr,
-    H: tl.constexpr,
-    SCALE: tl.constexpr,
-    D: tl.constexpr,
-    COVER: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    PEEL: tl.constexpr,
-    MASKED: tl.constexpr,
-    CAUSAL: tl.constexpr,
-):
+    qkv_ptr, num_tokens, out_ptr,
+    H: tl.constexpr, SCALE: tl.constexpr, D: tl.constexpr, COVER: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, PEEL: tl.constexpr, MASKED: tl.constexpr, CAUSAL: tl.constexpr,
+):  # fmt: skip
     """``qkv [B, N, 3, H, D] -> out [B, N, H, D]``."""
     attend_tiles(
-        qkv_ptr, qkv_ptr + H * D, qkv_ptr + 2 * H * D, num_tokens, out_ptr, 3 * H * D, H, SCALE, D, COVER, BLOCK_M,
-        BLOCK_N, PEEL, MASKED, CAUSAL,
+        qkv_ptr, qkv_ptr + H * D, qkv_ptr + 2 * H * D, num_tokens, out_ptr, TOKEN_STRIDE=3 * H * D, H=H, SCALE=SCALE,
+        D=D, COVER=COVER, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, PEEL=PEEL, MASKED=MASKED, CAUSAL=CAUSAL,
     )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
 def subimage_attention_entry(
-    q_ptr,
-    k_ptr,
-    v_ptr,
-    num_tokens,
-    out_ptr,
-    H: tl.constexpr,
-    SCALE: tl.constexpr,
-    D: tl.constexpr,
-    COVER: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    PEEL: tl.constexpr,
-    MASKED: tl.constexpr,
-    CAUSAL: tl.constexpr,
-):
+    q_ptr, k_ptr, v_ptr, num_tokens, out_ptr,
+    H: tl.constexpr, SCALE: tl.constexpr, D: tl.constexpr, COVER: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, PEEL: tl.constexpr, MASKED: tl.constexpr, CAUSAL: tl.constexpr,
+):  # fmt: skip
     """``q, k, v [B, N, H, D] -> out [B, N, H, D]``."""
     attend_tiles(
-        q_ptr, k_ptr, v_ptr, num_tokens, out_ptr, H * D, H, SCALE, D, COVER, BLOCK_M, BLOCK_N, PEEL, MASKED, CAUSAL
+        q_ptr, k_ptr, v_ptr, num_tokens, out_ptr, TOKEN_STRIDE=H * D, H=H, SCALE=SCALE,
+        D=D, COVER=COVER, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, PEEL=PEEL, MASKED=MASKED, CAUSAL=CAUSAL,
     )  # fmt: skip
 
 
 @triton.jit
 def attend_tiles(
-    q_ptr,
-    k_ptr,
-    v_ptr,
-    num_tokens,
-    out_ptr,
-    TOKEN_STRIDE: tl.constexpr,
-    H: tl.constexpr,
-    SCALE: tl.constexpr,
-    D: tl.constexpr,
-    COVER: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    PEEL: tl.constexpr,
-    MASKED: tl.constexpr,
-    CAUSAL: tl.constexpr,
-):
+    q_ptr, k_ptr, v_ptr, num_tokens, out_ptr,
+    TOKEN_STRIDE: tl.constexpr, H: tl.constexpr, SCALE: tl.constexpr, D: tl.constexpr, COVER: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PEEL: tl.constexpr, MASKED: tl.constexpr, CAUSAL: tl.constexpr,
+):  # fmt: skip
     """Run the op's kernel on tensors whose tokens are TOKEN_STRIDE elements apart and whose tiles are contiguous."""
     # Added to nothing, the constants become values of the type that the kernel computes with.
     nothing = num_tokens * 0
@@ -87,37 +56,31 @@ def attend_tiles(
     stride_h = nothing + D // ALIGN
     stride_b = num_tokens * (TOKEN_STRIDE // ALIGN)
     subimage_kernel(
-        q_ptr, k_ptr, v_ptr, None, None, None, SCALE, num_tokens, num_tokens, nothing + H, 0,
-        stride_b, stride_n, stride_h, stride_b, stride_n, stride_h, stride_b, stride_n, stride_h, out_ptr, None,
-        D, COVER, BLOCK_M, BLOCK_N, PEEL, MASKED, ALIGN, False, False, CAUSAL, False,
+        q_ptr, k_ptr, v_ptr, cos_ptr=None, sin_ptr=None, lengths_ptr=None, scale=SCALE, num_tokens=num_tokens,
+        max_tokens=num_tokens, num_heads=nothing + H, rope_prefix=0,
+        stride_qb=stride_b, stride_qn=stride_n, stride_qh=stride_h,
+        stride_kb=stride_b, stride_kn=stride_n, stride_kh=stride_h,
+        stride_vb=stride_b, stride_vn=stride_n, stride_vh=stride_h, out_ptr=out_ptr, lse_ptr=None,
+        D=D, COVER=COVER, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, PEEL=PEEL, MASKED=MASKED, ALIGN=ALIGN,
+        WIDE=False, PACKED=False, CAUSAL=CAUSAL, INTERLEAVED=False,
     )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["num_tokens", "num_keys"])
 def interval_attention_entry(
-    q_ptr,
-    k_ptr,
-    v_ptr,
-    range_ptr,
-    num_tokens,
-    num_keys,
-    out_ptr,
-    H: tl.constexpr,
-    SCALE: tl.constexpr,
-    D: tl.constexpr,
-    COVER: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    GROUP: tl.constexpr,
-):
+    q_ptr, k_ptr, v_ptr, range_ptr, num_tokens, num_keys, out_ptr,
+    H: tl.constexpr, SCALE: tl.constexpr, D: tl.constexpr, COVER: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
     """``q [B, T, H, D], k, v [S, H / GROUP, D], kv_range [B, T, 2] -> out [B, T, H, D]``."""
     nothing = num_tokens * 0
-    kv_heads = nothing + H // GROUP
     stride_qn = nothing + H * D // ALIGN
     stride_kn = nothing + H // GROUP * D // ALIGN
     stride_h = nothing + D // ALIGN
     cross_attention_kernel(
-        q_ptr, k_ptr, v_ptr, range_ptr, SCALE, num_tokens, kv_heads, num_keys,
-        num_tokens * (H * D // ALIGN), stride_qn, stride_h, stride_kn, stride_h, stride_kn, stride_h,
-        num_tokens * 2, nothing + 2, 1, out_ptr, None, D, COVER, BLOCK_M, BLOCK_N, GROUP, ALIGN, False,
+        q_ptr, k_ptr, v_ptr, range_ptr, scale=SCALE, num_tokens=num_tokens, num_kv_heads=nothing + H // GROUP,
+        num_keys=num_keys, stride_qb=num_tokens * (H * D // ALIGN), stride_qn=stride_qn, stride_qh=stride_h,
+        stride_kn=stride_kn, stride_kh=stride_h, stride_vn=stride_kn, stride_vh=stride_h,
+        stride_rb=num_tokens * 2, stride_rt=nothing + 2, stride_re=1, out_ptr=out_ptr, lse_ptr=None,
+        D=D, COVER=COVER, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, GROUP=GROUP, ALIGN=ALIGN, WIDE=False,
     )  # fmt: skip
