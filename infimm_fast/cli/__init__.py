@@ -59,7 +59,19 @@ def demo_command(
     from infimm_fast.cli.demo import run_demo
 
     with one_line_errors():
-        passed = run_demo(console, image, prompt, checkpoint, preset, output, device, dtype, max_new_tokens, repeats, export)
+        passed = run_demo(
+            console,
+            image,
+            prompt,
+            checkpoint=checkpoint,
+            preset=preset,
+            output=output,
+            device_name=device,
+            dtype_name=dtype,
+            max_new_tokens=max_new_tokens,
+            repeats=repeats,
+            export=export,
+        )
     if not passed:
         raise typer.Exit(1)
 
@@ -114,10 +126,19 @@ def export_onnx_command(
     """Write ONNX graphs, verify them, and make a folder that `infimm-fast run` takes."""
     with one_line_errors():
         from infimm_fast.cli.export import run_export_onnx
-        from infimm_fast.export.common.spec import GRAPHS
 
         run_export_onnx(
-            console, model, out, dtype, opset, graph or list(GRAPHS), plain, fold, share_weights, verify, overwrite
+            console,
+            model,
+            out,
+            dtype=dtype,
+            fold=fold,
+            opset=opset,
+            graphs=tuple(graph) if graph else None,
+            plain=plain,
+            share_weights=share_weights,
+            verify=verify,
+            overwrite=overwrite,
         )
 
 
@@ -150,7 +171,8 @@ def run_command(
     with one_line_errors():
         from infimm_fast.cli.run import run_artifact
 
-        run_artifact(console, folder, image, prompt, provider, max_new_tokens, temperature, seed, verify)
+        options = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
+        run_artifact(console, folder, image, prompt, provider=provider, verify=verify, **options)
 
 
 @app.command("doctor")
