@@ -22,7 +22,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--width", type=int, nargs="+", help="head dims, or channels of ops without heads")
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
     parser.add_argument("--budget", type=float, help="seconds for everything; less important jobs are left out")
-    parser.add_argument("--seconds", type=float, default=0.1, help="of timing for each candidate and launch mode")
+    parser.add_argument("--seconds", type=float, default=0.1, help="of timing for each candidate")
     parser.add_argument("--processes", type=int, default=12, help="that compile at the same time; 0 for none")
     options = parser.parse_args(arguments)
     try:

@@ -6,7 +6,7 @@ import contextlib
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from concurrent.futures import TimeoutError as OutOfTime
 from dataclasses import asdict, dataclass, field, replace
 from multiprocessing import get_context
@@ -48,7 +48,7 @@ class Settings:
         widths: see `ops`.
         dtype: a key of `infimm_fast.dtypes.DTYPES`.
         budget: seconds for everything, or None for no limit.
-        seconds: of timing for each candidate and launch mode.
+        seconds: of timing for each candidate.
         processes: that compile at the same time; 0 leaves compiling to the timing process.
         plan: see `read_plan`.
     """
@@ -70,14 +70,12 @@ class Measured:
     Attributes:
         label: of the candidate.
         ms: median of replays of a CUDA graph, or of calls where there is no GPU.
-        eager_ms: median of single calls, the host's share included.
         errors: of each checked result: max_abs, rms, and what was allowed.
         remark: why there is no time.
     """
 
     label: str
     ms: float | None = None
-    eager_ms: float | None = None
     errors: dict[str, dict[str, float]] = field(default_factory=dict)
     remark: str = ""
 
@@ -118,10 +116,6 @@ class JobResult:
         best = min((one for one in self.measured if one.ms), key=lambda one: one.ms or 0.0)
         limit = min(shipped.ms, self.again_ms) / (1 + max(_LEAST_GAIN, 2 * noise))
         return best if best.ms is not None and best.ms < limit else shipped
-
-
-class BrokenDeviceError(RuntimeError):
-    """The GPU's context is lost: nothing more can run in this process."""
 
 
 def read_plan(file: Path) -> Plan:
@@ -207,18 +201,12 @@ def tune(settings: Settings, out: Path, tell: Callable[[str], None]) -> int:
         rates = asdict(ceilings) if ceilings else {}
         write_json(file, {"format": FORMAT, **environment, "ceilings": rates, "jobs": jobs, "left_out": left_out})
 
-    broken = False
     for op, job, candidates in work:
-        estimate = _JOB_SECONDS + (len(candidates) + 1) * (2 * settings.seconds + _CANDIDATE_SECONDS)
-        late = settings.budget is not None and time.monotonic() - started + estimate > settings.budget
-        if late or broken:
+        estimate = _JOB_SECONDS + (len(candidates) + 1) * (settings.seconds + _CANDIDATE_SECONDS)
+        if settings.budget is not None and time.monotonic() - started + estimate > settings.budget:
             left_out.append(f"{op.name} {job.kernel} {job.case.name}")
             continue
-        try:
-            results.append(run_job(op, job, candidates, timer, ceilings))
-        except BrokenDeviceError as error:
-            results.append(JobResult(op.name, job.kernel, job.case.name, op.width(job.case), remark=str(error)))
-            broken = True
+        results.append(run_job(op, job, candidates, timer, ceilings))
         save()
         tell(_line(results[-1]))
     save()
@@ -239,10 +227,10 @@ def compile_all(work: Sequence[tuple[Op, Job, list[Candidate]]], settings: Setti
     try:
         done = sum(pool.map(_compile_one, *zip(*tasks, strict=True), timeout=limit))
         tell(f"compiled {done} of {len(tasks)} candidates; {time.monotonic() - started:.0f} s")
-    except OutOfTime:
-        tell(f"half of the budget did not compile all {len(tasks)} candidates")
+    except (OutOfTime, BrokenExecutor) as error:
+        tell(f"not all of {len(tasks)} candidates were compiled beforehand: {type(error).__name__}")
     finally:
-        pool.shutdown(wait=False, cancel_futures=True)
+        pool.shutdown(cancel_futures=True)
 
 
 def _compile_one(name: str, job: Job, candidate: Candidate) -> bool:
@@ -259,11 +247,7 @@ def _compile_one(name: str, job: Job, candidate: Candidate) -> bool:
 
 
 def run_job(op: Op, job: Job, candidates: Sequence[Candidate], timer: Timer, ceilings: Ceilings | None = None) -> JobResult:
-    """Check and time all candidates of one job, the shipped one first and again last.
-
-    Raises:
-        BrokenDeviceError: nothing more can run.
-    """
+    """Check and time all candidates of one job, the shipped one first and again last."""
     device, dtype = timer.device, DTYPES[job.dtype]
     cost = op.cost(job.case, dtype, job.kernel)
     floor = ceilings.least_ms(cost.flops, cost.bytes)[0] if ceilings else None
@@ -273,9 +257,9 @@ def run_job(op: Op, job: Job, candidates: Sequence[Candidate], timer: Timer, cei
         with torch.set_grad_enabled(job.case.backward):
             plain, exact = (op.reference(job.case, inputs[0], one) for one in (dtype, torch.float64))
     except Exception as error:  # too little memory, most likely; other jobs are smaller
-        return replace(result, remark=_remark(error, device))
+        return replace(result, remark=_remark(error))
     measured = [measure(op, job, one, inputs, (plain, exact), timer) for one in candidates]
-    again = measured[0].ms and time_candidate(op, job, candidates[0], inputs, timer)[0]
+    again = measured[0].ms and time_candidate(op, job, candidates[0], inputs, timer)
     return replace(result, measured=measured, again_ms=again, gpu=gpu_state(device))
 
 
@@ -297,21 +281,19 @@ def measure(
         with constants_set(op, job, candidate.constants), poisoned_memory():
             actual = op.checked(job.case, op.launch(job, inputs[0], candidate.config))
         errors = {name: asdict(assert_error_budget(name, x, plain[name], exact[name])) for name, x in actual.items()}
-        ms, eager_ms = time_candidate(op, job, candidate, inputs, timer)
-        return Measured(candidate.label, ms, eager_ms, errors)
+        return Measured(candidate.label, time_candidate(op, job, candidate, inputs, timer), errors)
     except AssertionError as error:
         return Measured(candidate.label, remark=f"FAILED the check: {error}")
     except Exception as error:  # one candidate that does not run is a result, not an end
-        return Measured(candidate.label, remark=_remark(error, timer.device))
+        return Measured(candidate.label, remark=_remark(error))
 
 
-def time_candidate(op: Op, job: Job, candidate: Candidate, inputs: Sequence[Inputs], timer: Timer) -> tuple[float, float]:
-    """Return the median of replays of a graph (of calls without a GPU), and that of single calls."""
+def time_candidate(op: Op, job: Job, candidate: Candidate, inputs: Sequence[Inputs], timer: Timer) -> float:
+    """Return the median of replays of a CUDA graph, or of calls where there is no GPU."""
     with constants_set(op, job, candidate.constants):
         runs = [timed_run(op, job, candidate, one) for one in inputs]
-        eager = timer.eager(runs)
-        times = timer.graph(runs) if timer.device.type == "cuda" else eager
-    return times.median, eager.median
+        times = timer.graph(runs) if timer.device.type == "cuda" else timer.eager(runs)
+    return times.median
 
 
 def timed_run(op: Op, job: Job, candidate: Candidate, inputs: Inputs) -> Callable[[], Any]:
@@ -331,17 +313,9 @@ def timed_run(op: Op, job: Job, candidate: Candidate, inputs: Inputs) -> Callabl
     return lambda: replay(op.kernels[job.kernel])
 
 
-def _remark(error: Exception, device: torch.device) -> str:
+def _remark(error: Exception) -> str:
     lines = str(error).strip().splitlines()
-    remark = f"does not run: {type(error).__name__}: {lines[0][:200] if lines else ''}"
-    if device.type == "cuda":
-        with contextlib.suppress(torch.cuda.OutOfMemoryError):
-            try:
-                torch.cuda.synchronize(device)
-            except RuntimeError as broken:
-                raise BrokenDeviceError(remark) from broken
-        torch.cuda.empty_cache()
-    return remark
+    return f"does not run: {type(error).__name__}: {lines[0][:200] if lines else ''}"
 
 
 def _line(result: JobResult) -> str:

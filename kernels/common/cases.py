@@ -175,11 +175,16 @@ class Op(ABC):
 
 
 def jobs_of(op: Op, use: str, dtypes: Sequence[str], archs: Sequence[int]) -> Iterator[Job]:
-    """Yield the jobs of all cases with a use, in some dtypes and for some architectures."""
+    """Yield the jobs of all cases with a use, in some dtypes (of the gate's cases those they name) and for architectures."""
     for case in op.cases:
         for kernel in case.kernels or op.kernels_of(case):
             if use in case.uses and kernel not in op.fixed:
-                yield from (Job(kernel, case, dtype, arch) for arch in archs for dtype in dtypes if dtype in case.dtypes)
+                yield from (
+                    Job(kernel, case, dtype, arch)
+                    for arch in archs
+                    for dtype in dtypes
+                    if use != GATE or dtype in case.dtypes
+                )
 
 
 def run_op(op: Op, case: Case, inputs: Inputs, backend: str) -> Outputs:

@@ -90,7 +90,6 @@ class DryCuda(TorchDispatchMode):
         self.allocated = self.peak = 0
         self.memory = memory
         self.inside = False
-        self._shapes: dict[Any, list[tuple[Any, ...]]] = {}
         self._storages: set[int] = set()
         self._functions = _Redirect()
 
@@ -127,22 +126,12 @@ class DryCuda(TorchDispatchMode):
         return result
 
     def _shape(self, func: Any, args: Any, kwargs: Any) -> Any:
-        """Run an operator on the meta device, whose kernels must find their tensors there; once for each set of shapes."""
-        schema = func._schema
-        fresh = not any(one.alias_info for one in (*schema.arguments, *schema.returns))
-        key = (func, _signature(args), _signature(kwargs.items()), torch.get_default_dtype()) if fresh else None
-        if key in self._shapes:
-            made = [torch.empty_strided(size, stride, dtype=dtype, device=META) for size, stride, dtype in self._shapes[key]]
-            return made[0] if len(made) == 1 else tuple(made)
+        """Run an operator on the meta device, whose kernels must find their tensors there."""
         before, self.inside = self.inside, True
         try:
-            result = func(*args, **kwargs)
+            return func(*args, **kwargs)
         finally:
             self.inside = before
-        made = result if isinstance(result, tuple) else (result,)
-        if fresh and all(isinstance(one, torch.Tensor) for one in made):
-            self._shapes[key] = [(one.shape, one.stride(), one.dtype) for one in made]
-        return result
 
     def _check(self, func: Any, args: Any, kwargs: Any, here: list[torch.Tensor], elsewhere: list[torch.Tensor]) -> None:
         """Refuse what a GPU would: tensors of two devices, and under capture whatever makes the host wait."""
@@ -260,15 +249,6 @@ def _values_of(tensor: torch.Tensor, otherwise: int = 0) -> torch.Tensor:
     if values is None and not (tensor.is_floating_point() or tensor.dtype == torch.bool):
         raise RuntimeError(f"the host reads {tensor.dtype} {list(tensor.shape)}, whose values are not known, {_place()}")
     return torch.full(tensor.shape, otherwise, dtype=tensor.dtype) if values is None else values
-
-
-def _signature(value: Any) -> Any:
-    """Return what the shape of an operator's result may depend on."""
-    if isinstance(value, torch.Tensor):
-        return _is_meta(value), value.dtype, value.shape, value.stride()
-    if isinstance(value, (list, tuple, type({}.items()))):
-        return tuple(_signature(one) for one in value)
-    return type(value), value
 
 
 def _has_values(func: Any, result: Any, here: list[torch.Tensor]) -> bool:

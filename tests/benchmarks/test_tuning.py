@@ -231,7 +231,7 @@ def test_a_dry_gpu(tmp_path, monkeypatch) -> None:
         assert tune(Settings(seconds=0.0), tmp_path, lines.append) == 0, lines
     results = stored(tmp_path)
     # A sample takes 1 ms there, and a graph holds as many runs as there are sets of inputs.
-    assert [job["measured"][0]["eager_ms"] for job in results["jobs"]] == [1.0] * len(JOBS) and results["ceilings"]
+    assert len(results["jobs"]) == len(JOBS) and results["ceilings"]
     assert all(0.0 < job["measured"][0]["ms"] <= 1.0 and job["floor_ms"] > 0 for job in results["jobs"])
     assert {op.kernels[job.kernel] for op, job in JOBS} <= {one.kernel.__name__ for one in launches}
 
@@ -246,3 +246,21 @@ def test_the_compiler_drops_a_serialised_candidate() -> None:
     shipped = candidates_of(op, job)[0]
     crowded = Candidate(replace(shipped.config, num_stages=2, max_registers=128))
     assert "serialised" in assess(op, job, crowded)["dropped"] and assess(op, job, shipped)["dropped"] == ""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(bool(os.environ.get("TRITON_INTERPRET")), reason="the interpreter compiles nothing")
+def test_compiling_beforehand_fills_the_cache(tmp_path, monkeypatch) -> None:
+    """On the way that a launch takes, so that the timing process finds it."""
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime import driver
+
+    answers = {"get_current_target": GPUTarget("cuda", 90, 32), "get_current_device": 0, "get_current_stream": 0}
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    driver.set_active(mock.Mock(**{f"{name}.return_value": value for name, value in answers.items()}))
+    try:
+        (job,) = [job for op, job in JOBS if op.name == RESIDUAL and job.kernel == "forward"]
+        assert run._compile_one(RESIDUAL, job, candidates_of(OPS[RESIDUAL], job)[0])
+    finally:
+        driver.reset_active()
+    assert list(tmp_path.rglob("forward_kernel.cubin"))
