@@ -15,11 +15,8 @@ from infimm_fast.benchmarks.plot import DRAWINGS, draw_report
 from infimm_fast.benchmarks.report import FORMAT, CaseResult, Report
 
 RESULTS, PAGE, IMAGES = "benchmarks/results", "docs/performance.md", "docs/images/performance"
-_VERSIONS = {"torch": "torch", "triton": "triton", "transformers": "transformers"} | {
-    "cuda": "CUDA",
-    "cudnn": "cuDNN",
-    "python": "Python",
-}
+_VERSIONS = {"torch": "torch", "triton": "triton", "transformers": "transformers"}
+_VERSIONS |= {"cuda": "CUDA", "cudnn": "cuDNN", "python": "Python"}
 
 _HEAD = """\
 <!-- Written by `infimm-fast bench page` from benchmarks/results/; changes by hand are lost. -->

@@ -6,7 +6,6 @@ import contextlib
 import importlib.metadata
 import platform
 import re
-import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -24,42 +23,32 @@ def _version(package: str) -> str | None:
     return None
 
 
-def _git(*arguments: str) -> str | None:
-    """Return what git says about the checkout this file lies in, or None outside of one."""
+def _output(*command: str) -> str | None:
+    """Return what a command prints when it runs beside this file, or None if it is missing or fails."""
+    options: dict[str, Any] = {"cwd": Path(__file__).parent, "capture_output": True, "text": True, "timeout": 30}
     try:
-        done = subprocess.run(
-            ["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True, check=True, timeout=30
-        )
+        return subprocess.run(command, check=True, **options).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return None
-    return done.stdout.strip()
 
 
 def commit() -> str:
     """Return the short commit of the checkout, with "-changed" if files differ from it; the version outside a checkout."""
     # An installed copy may lie inside somebody else's checkout, in a folder that git ignores.
-    ignored = _git("check-ignore", Path(__file__).name)
-    if ignored or not (found := _git("rev-parse", "--short=10", "HEAD")):
+    ignored = _output("git", "check-ignore", Path(__file__).name)
+    if ignored or not (found := _output("git", "rev-parse", "--short=10", "HEAD")):
         return infimm_fast.__version__
-    return f"{found}-changed" if _git("status", "--porcelain") else found
+    return f"{found}-changed" if _output("git", "status", "--porcelain") else found
 
 
 def gpu_state(device: torch.device) -> dict[str, str]:
     """Return clock, temperature and power with their units; empty on a CPU or without nvidia-smi."""
-    if device.type != "cuda" or shutil.which("nvidia-smi") is None:
+    if device.type != "cuda":
         return {}
-    index = str(torch.cuda.current_device() if device.index is None else device.index)
-    try:
-        done = subprocess.run(
-            ["nvidia-smi", f"--id={index}", f"--query-gpu={','.join(_GPU_QUERY)}", "--format=csv,noheader"],
-            capture_output=True,
-            text=True,
-            check=True,
-            timeout=30,
-        )
-    except (OSError, subprocess.SubprocessError):
-        return {}
-    return dict(zip(_GPU_QUERY, (value.strip() for value in done.stdout.split(",")), strict=False))
+    index = torch.cuda.current_device() if device.index is None else device.index
+    query = f"--query-gpu={','.join(_GPU_QUERY)}"
+    values = _output("nvidia-smi", f"--id={index}", query, "--format=csv,noheader") or ""
+    return dict(zip(_GPU_QUERY, (value.strip() for value in values.split(",") if value), strict=False))
 
 
 def processor_name() -> str:
@@ -91,11 +80,6 @@ def describe(device: torch.device) -> dict[str, Any]:
 
 def file_name(environment: dict[str, Any], suffix: str = "") -> str:
     """Return the name of a report: card, torch, triton, commit."""
-    parts = [
-        environment["device"],
-        f"torch {environment['torch']}",
-        f"triton {environment['triton'] or 'none'}",
-        environment["commit"],
-        suffix,
-    ]
+    versions = f"torch {environment['torch']}", f"triton {environment['triton'] or 'none'}"
+    parts = (environment["device"], *versions, environment["commit"], suffix)
     return "_".join(re.sub(r"[^A-Za-z0-9.-]+", "-", part).strip("-") for part in parts if part) + ".json"

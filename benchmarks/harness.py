@@ -26,15 +26,7 @@ from infimm_fast.benchmarks.registry import (
     prepare,
 )
 from infimm_fast.benchmarks.report import CaseResult, Report, Row
-from infimm_fast.benchmarks.timing import (
-    MIN_SAMPLES,
-    WARM_UPS,
-    Timer,
-    Times,
-    input_sets,
-    peak_memory_mb,
-    pinned_threads,
-)
+from infimm_fast.benchmarks.timing import MIN_SAMPLES, WARM_UPS, Timer, Times, input_sets, peak_memory_mb, pinned_threads
 from infimm_fast.dtypes import DTYPES
 from infimm_fast.errors import ConfigurationError
 from infimm_fast.kernels.common.cases import Inputs
@@ -174,13 +166,12 @@ def run_case(
         bound="",
         input_sets=sets,
         gpu=gpu_state(timer.device),
-        rows=[replace(row, pictures_per_s=_pictures_per_s(row, case)) for row in rows],
+        rows=[
+            replace(row, pictures_per_s=case.pictures / row.median_ms * 1e3) if case.pictures and row.median_ms else row
+            for row in rows
+        ],
     )
     return result.rated(ceilings)
-
-
-def _pictures_per_s(row: Row, case: BenchCase) -> float | None:
-    return case.pictures / row.median_ms * 1e3 if case.pictures and row.median_ms else None
 
 
 def _measure_all(
@@ -310,13 +301,6 @@ def _head(report: Report) -> str:
 
 def _describe_settings(settings: Settings) -> dict[str, Any]:
     plan = settings.plan
-    return {
-        "sections": list(settings.sections),
-        "preset": plan.preset,
-        "dtype": plan.dtype,
-        "tiles": list(plan.tile_counts),
-        "artifacts": list(plan.artifacts),
-        "seconds": settings.seconds,
-        "budget": settings.budget,
-        "against": None if settings.against is None else list(settings.against),
-    }
+    asked = {name: getattr(settings, name) for name in ("sections", "seconds", "budget", "against")}
+    asked |= {"preset": plan.preset, "dtype": plan.dtype, "tiles": plan.tile_counts, "artifacts": plan.artifacts}
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in asked.items()}

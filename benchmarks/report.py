@@ -137,8 +137,9 @@ class Report:
         return f"ceilings: matrix products {rates['matmul_tflops']:.4g} TFLOP/s, copies {rates['copy_gb_s']:.4g} GB/s"
 
     def save(self, file: Path) -> None:
-        """Write the report; the file is complete at every moment."""
-        save_json(file, {"format": FORMAT, **asdict(self)})
+        """Write the report, and its folder if there is none; the file is complete at every moment."""
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_json(file, {"format": FORMAT, **asdict(self)})
 
     @classmethod
     def load(cls, file: Path) -> Report:
@@ -159,9 +160,3 @@ class Report:
             rows, series = [Row(**row) for row in case["rows"]], tuple(tuple(one) for one in case["series"])
             cases.append(CaseResult(**case | {"rows": rows, "series": series}))
         return cls(**content, cases=cases)
-
-
-def save_json(file: Path, content: Mapping[str, Any]) -> None:
-    """Write a JSON file that is complete at every moment, and its folder if there is none."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    write_json(file, content)

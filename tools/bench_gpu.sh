@@ -106,7 +106,7 @@ run_benchmarks() {
     else
         echo "no pictures: matplotlib is not installed"
     fi
-    limited "$1" "$python" -u -m infimm_fast.benchmarks.run "${sections[@]}" --budget "$1" --out "$folder" "${plot[@]}"
+    limited "$1" "$python" -u -m infimm_fast.benchmarks "${sections[@]}" --budget "$1" --out "$folder" "${plot[@]}"
 }
 
 run_tune() {

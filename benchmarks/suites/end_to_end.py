@@ -9,24 +9,15 @@ import numpy as np
 import torch
 from PIL import Image
 
-from infimm_fast.benchmarks.cases import language_bytes, language_flops, vision_bytes, vision_flops
 from infimm_fast.benchmarks.registry import BenchCase, Plan, Prepared, Stage, register_implementation, register_stage
+from infimm_fast.benchmarks.suites import model as models
 from infimm_fast.benchmarks.suites.language import PROMPT_TOKENS, run_from_cache
-from infimm_fast.benchmarks.suites.model import (
-    ModelStage,
-    key_values_of,
-    load_model,
-    make_context,
-    make_ids,
-    register_model_stage,
-)
 from infimm_fast.dtypes import DTYPES
 from infimm_fast.images import load_image
 from infimm_fast.kernels.common.cases import Inputs, Outputs
-from infimm_fast.models.infimm_hd.costs import key_value_flops, resampler_flops
+from infimm_fast.models.infimm_hd import costs
 from infimm_fast.models.infimm_hd.image_processing_infimm_hd import InfiMMHDImageProcessor
 from infimm_fast.models.infimm_hd.presets import preset
-from infimm_fast.models.infimm_hd.tiling import tile_count
 
 _BATCHES = (1, 4, 16)
 
@@ -42,19 +33,14 @@ def make_jpeg(side: int, seed: int) -> bytes:
     return file.getvalue()
 
 
+def _picture(plan: Plan) -> tuple[int, costs.PictureCosts]:
+    """Return the side of a picture of the largest grid, and what it costs."""
+    side = plan.config.max_grid * plan.config.vision_config.image_size
+    return side, costs.picture_costs(plan.config, side, side)
+
+
 def _batches(plan: Plan) -> tuple[int, ...]:
     return (1, 2) if plan.tiny else _BATCHES
-
-
-def _picture_sizes(plan: Plan, rows: int) -> dict[str, int]:
-    """Return sizes of a batch with one picture for each row, each of the largest grid."""
-    config = plan.config
-    side = config.max_grid * config.vision_config.image_size
-    return {
-        "rows": rows,
-        "side": side,
-        "tiles": rows * tile_count(config.max_grid, config.max_grid, config.always_thumbnail),
-    }
 
 
 class Preprocess(Stage):
@@ -65,23 +51,22 @@ class Preprocess(Stage):
 
     def cases(self, plan: Plan) -> list[BenchCase]:
         """Return batches of pictures of the largest grid."""
-        config, cases = plan.config, []
-        for rows in _batches(plan):
-            sizes = _picture_sizes(plan, rows)
-            values = sizes["tiles"] * config.vision_config.num_channels * config.vision_config.image_size**2
-            cases.append(
-                BenchCase(
-                    name=f"{rows} picture{'s' * (rows > 1)} of {sizes['side']} x {sizes['side']}",
-                    sizes=sizes,
-                    dtype=plan.dtype,
-                    flops=2 * values,
-                    bytes=values * DTYPES[plan.dtype].itemsize,
-                    importance=0 if rows == 1 else 2,
-                    preset=plan.preset,
-                    pictures=rows,
-                )
+        side, picture = _picture(plan)
+        vision = plan.config.vision_config
+        values = picture.tiles * vision.num_channels * vision.image_size**2
+        return [
+            BenchCase(
+                f"{rows} picture{'s' * (rows > 1)} of {side} x {side}",
+                {"rows": rows, "side": side, "tiles": rows * picture.tiles},
+                importance=0 if rows == 1 else 2,
+                dtype=plan.dtype,
+                flops=2 * values * rows,
+                bytes=values * rows * DTYPES[plan.dtype].itemsize,
+                preset=plan.preset,
+                pictures=rows,
             )
-        return cases
+            for rows in _batches(plan)
+        ]
 
     def make_inputs(self, case: BenchCase, device: torch.device, seed: int) -> Inputs:
         """Return the files and the processor."""
@@ -103,8 +88,8 @@ class Preprocess(Stage):
         return {"out": ((pixels.to(wide) / 255 - mean) / std).to(dtype)}
 
 
-def _preprocess(case: BenchCase, inputs: Inputs, device: torch.device) -> tuple[Any, dict[str, Any]]:
-    """Return the function from files to tiles on the device (with their grids), and its stages."""
+def _preprocess(case: BenchCase, inputs: Inputs, device: torch.device) -> Prepared:
+    """Return the way from files to tiles on the device with their grids, and its stages."""
     processor, jpegs = inputs["processor"], inputs["jpegs"]
 
     def read() -> list[Image.Image]:
@@ -119,19 +104,18 @@ def _preprocess(case: BenchCase, inputs: Inputs, device: torch.device) -> tuple[
 
     pictures = read()
     pixels = processor(pictures)["pixel_values"]
-    return run, {"jpeg": read, "tiling": lambda: processor(pictures), "copy": lambda: copy(pixels)}
+    return Prepared(run, {"jpeg": read, "tiling": lambda: processor(pictures), "copy": lambda: copy(pixels)})
+
+
+@register_implementation("preprocess", "infimm_fast", ours=True, graph=False)
+def _pillow(case: BenchCase, inputs: Inputs) -> Prepared:
+    return _preprocess(case, inputs, inputs["device"])
 
 
 register_stage(Preprocess())
 
 
-@register_implementation("preprocess", "infimm_fast", ours=True, graph=False)
-def _pillow(case: BenchCase, inputs: Inputs) -> Prepared:
-    run, stages = _preprocess(case, inputs, inputs["device"])
-    return Prepared(lambda: run()[0], stages)
-
-
-class EndToEnd(ModelStage):
+class EndToEnd(models.ModelStage):
     """JPEG files and a prompt to the first token's logits; stages: how long each part and each further token takes."""
 
     name, section = "end_to_end", "e2e"
@@ -139,64 +123,60 @@ class EndToEnd(ModelStage):
 
     def cases(self, plan: Plan) -> list[BenchCase]:
         """Return batches of rows with one picture of the largest grid and a prompt each."""
-        config, cases = plan.config, []
-        tokens = 32 if plan.tiny else PROMPT_TOKENS
-        for rows in _batches(plan):
-            sizes = _picture_sizes(plan, rows)
-            visual = sizes["tiles"] * config.visual_tokens_per_tile
-            flops = vision_flops(config, sizes["tiles"]) + resampler_flops(config, sizes["tiles"])
-            flops += key_value_flops(config, visual)
-            moved = vision_bytes(config, plan.dtype, sizes["tiles"])
-            cases.append(
-                BenchCase(
-                    name=f"batch {rows}, a picture of {sizes['side']} x {sizes['side']} and {tokens} tokens each",
-                    sizes=sizes | {"tokens": tokens},
-                    dtype=plan.dtype,
-                    flops=flops + language_flops(config, rows, tokens, 0, visual // rows),
-                    bytes=moved + language_bytes(config, plan.dtype, rows, tokens, 0, visual),
-                    importance=0 if rows == 1 else 1,
-                    series=(("time to first token", "batch", rows),),
-                    preset=plan.preset,
-                    pictures=rows,
-                )
+        config, dtype, tokens = plan.config, plan.dtype, 32 if plan.tiny else PROMPT_TOKENS
+        side, picture = _picture(plan)
+        tiles, visual = picture.tiles, picture.visual_tokens
+        return [
+            BenchCase(
+                f"batch {rows}, a picture of {side} x {side} and {tokens} tokens each",
+                {"rows": rows, "side": side, "tiles": rows * tiles, "tokens": tokens},
+                importance=0 if rows == 1 else 1,
+                dtype=dtype,
+                flops=rows * picture.flops + costs.language_flops(config, rows, tokens, 0, visual),
+                bytes=costs.vision_bytes(config, dtype, rows * tiles)
+                + costs.language_bytes(config, dtype, rows, tokens, 0, rows * visual),
+                series=(("time to first token", "batch", rows),),
+                preset=plan.preset,
+                pictures=rows,
             )
-        return cases
+            for rows in _batches(plan)
+        ]
 
     def make_inputs(self, case: BenchCase, device: torch.device, seed: int) -> Inputs:
         """Return the model, the processor, the files and the prompts."""
-        model = load_model(case.preset, case.dtype, device)
+        model = models.load_model(case.preset, case.dtype, device)
         return {
             "model": model,
             "processor": InfiMMHDImageProcessor.from_config(model.config),
             "jpegs": [make_jpeg(case.sizes["side"], seed + row) for row in range(case.sizes["rows"])],
-            "ids": make_ids(model.config, case.sizes["rows"], case.sizes["tokens"], device),
+            "ids": models.make_ids(model.config, case.sizes["rows"], case.sizes["tokens"], device),
         }
 
     def make_run(self, case: BenchCase, inputs: Inputs) -> Prepared:
         """Return the way to the first token, with its stages and the further tokens' step."""
         model, ids = inputs["model"], inputs["ids"]
-        read, stages = _preprocess(case, inputs, model.device)
+        to_tiles = _preprocess(case, inputs, model.device)
 
         def prefill(features: torch.Tensor) -> Any:
-            context = make_context(model, features, len(ids))
+            context = models.make_context(model, features, len(ids))
             return model(input_ids=ids, visual_context=context, use_cache=True, logits_to_keep=1)
 
         def first_token() -> torch.Tensor:
-            return prefill(model.get_image_features(*read())[0]).logits
+            return prefill(model.get_image_features(*to_tiles.run())[0]).logits
 
         # Each stage is timed on what the one before it gives.
-        pixels, grids = read()
+        pixels, grids = to_tiles.run()
         features, _ = model.get_image_features(pixels, grids)
-        context = make_context(model, features, len(ids))
+        context = models.make_context(model, features, len(ids))
         filled = prefill(features)
         past = [torch.stack((layer.keys, layer.values)) for layer in filled.past_key_values.layers]
-        stages |= {
+        stages = to_tiles.stages | {
             "vision": lambda: model.get_image_features(pixels, grids),
-            "K/V": lambda: key_values_of(model, features),
+            "K/V": lambda: models.key_values_of(model, features),
             "prefill": lambda: model(input_ids=ids, visual_context=context, use_cache=True, logits_to_keep=1),
             "token": run_from_cache(model, filled.logits[:, -1].argmax(-1, keepdim=True), context, past),
         }
         return Prepared(first_token, stages)
 
 
-register_model_stage(EndToEnd(), graph=False)
+models.register_model_stage(EndToEnd(), graph=False)

@@ -7,7 +7,6 @@ from collections.abc import Callable
 
 import torch
 
-from infimm_fast.benchmarks.cases import gated_block_parameters, one_gated_block_flops
 from infimm_fast.benchmarks.registry import (
     BenchCase,
     Plan,
@@ -30,6 +29,7 @@ from infimm_fast.dtypes import DTYPES
 from infimm_fast.kernels.common.cases import Inputs, Outputs
 from infimm_fast.kernels.common.numerics import outlier_normal
 from infimm_fast.kernels.interval.cases import checked_part, make_kv_range, visible_pairs, visual_tokens
+from infimm_fast.models.infimm_hd import costs
 from infimm_fast.models.infimm_hd.fused_gated_cross_attention import FusedGatedCrossAttentionBlock
 from infimm_fast.models.infimm_hd.modeling_gated_cross_attention import GatedCrossAttentionBlock
 
@@ -49,14 +49,14 @@ class GatedBlock(Stage):
         widths["inner"] = int(hidden * config.cross_attention_ff_mult)
         for case, series in model_cases(plan):
             sizes, text = case.sizes, case.sizes["rows"] * case.sizes["tokens"]
-            moved = gated_block_parameters(config) + 2 * text * hidden
+            moved = costs.gated_block_parameters(config) + 2 * text * hidden
             moved += 2 * visual_tokens(sizes) * sizes["heads"] * sizes["head_dim"]
             measured = BenchCase(
                 name=case.name,
                 sizes={**sizes, **widths},
                 importance=case.importance,
                 dtype=plan.dtype,
-                flops=one_gated_block_flops(config, text, visible_pairs(sizes)),
+                flops=costs.one_gated_block_flops(config, text, visible_pairs(sizes)),
                 bytes=moved * DTYPES[plan.dtype].itemsize,
                 series=series,
             )

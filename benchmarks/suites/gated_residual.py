@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 
@@ -48,14 +50,13 @@ def naive(
 
 
 @register_implementation(OP.name, "naive")
-def _naive(case: BenchCase, inputs: Inputs) -> Run:
-    return lambda: naive(*(inputs[name] for name in LEAVES))
+def _naive(case: BenchCase, inputs: Inputs, run: Callable = naive) -> Run:
+    return lambda: run(*(inputs[name] for name in LEAVES))
 
 
 @register_implementation(OP.name, "naive compiled", setup_seconds=10)
 def _compiled(case: BenchCase, inputs: Inputs) -> Run:
-    compiled = torch.compile(naive, dynamic=False)
-    return lambda: compiled(*(inputs[name] for name in LEAVES))
+    return _naive(case, inputs, torch.compile(naive, dynamic=False))
 
 
 @register_implementation(OP.name, "liger layer norm", requires=needs_cuda)

@@ -26,7 +26,7 @@ from infimm_fast.benchmarks.registry import (
 )
 from infimm_fast.dtypes import DTYPES
 from infimm_fast.integrations.optimization import optimize, restore
-from infimm_fast.kernels.common.cases import Inputs, Outputs
+from infimm_fast.kernels.common.cases import Inputs
 from infimm_fast.kernels.common.numerics import Errors, assert_error_budget, outlier_normal
 from infimm_fast.models.infimm_hd.configuration_infimm_hd import InfiMMHDConfig
 from infimm_fast.models.infimm_hd.modeling_gated_cross_attention import project_visual_at_once
@@ -105,29 +105,32 @@ class ModelStage(Stage):
     def make_run(self, case: BenchCase, inputs: Inputs) -> Run | Prepared:
         """Return what to time, on the model as it is switched now."""
 
-    def reference(self, case: BenchCase, inputs: Inputs, dtype: torch.dtype) -> Outputs:
-        """Return the result of the SDPA model, in the precision of the case whatever `dtype` is."""
+    def expected(self, case: BenchCase, inputs: Inputs) -> torch.Tensor:
+        """Return the result of the SDPA model in the precision of the case."""
         prepared = _prepare(self, "sdpa", case, inputs)
         try:
-            return {"out": prepared.run()}
+            return prepared.run()
         finally:
             prepared.close()
-
-    def expected(self, case: BenchCase, inputs: Inputs) -> Any:
-        """Return the result of the SDPA model."""
-        return self.reference(case, inputs, case.torch_dtype)["out"]
 
     def check(self, case: BenchCase, inputs: Inputs, expected: Any, implementation: str, run: Run) -> dict[str, Errors]:
         """Return the errors of the slice and the deviation from the SDPA model; see `Stage.check`."""
         device = inputs["model"].device
         _check_ops(implementation, case.preset, case.dtype, device)
         errors = {"two layers": _check_slice(implementation, case.preset, case.dtype, device)}
-        deviation = (run().float() - expected.float()).square().mean().sqrt().item()
-        size = expected.float().square().mean().sqrt().item()
-        allowed = DEVIATIONS[case.dtype]
-        assert deviation <= allowed * size, f"RMS deviation from sdpa is {deviation / size:.1e} of the RMS, above {allowed}"
-        errors["against sdpa"] = Errors(deviation / size, deviation / size, allowed, allowed)
-        return errors
+        return errors | check_deviation("sdpa", run(), expected, case.dtype)
+
+
+def check_deviation(other: str, actual: torch.Tensor, expected: torch.Tensor, dtype: str) -> dict[str, Errors]:
+    """Return the RMS deviation from another implementation in the same precision, over the RMS of its result.
+
+    Raises:
+        AssertionError: it is above that of `DEVIATIONS`.
+    """
+    size = expected.float().square().mean()
+    deviation, allowed = ((actual.float() - expected.float()).square().mean() / size).sqrt().item(), DEVIATIONS[dtype]
+    assert deviation <= allowed, f"RMS deviation from {other} is {deviation:.1e} of the RMS, above {allowed}"
+    return {f"against {other}": Errors(deviation, deviation, allowed, allowed)}
 
 
 def _prepare(stage: ModelStage, name: str, case: BenchCase, inputs: Inputs) -> Prepared:

@@ -3,13 +3,13 @@
 import pytest
 import torch
 
-from infimm_fast.benchmarks import cases
 from infimm_fast.benchmarks.ceilings import Ceilings
 from infimm_fast.benchmarks.registry import IMPLEMENTATIONS, STAGES, Plan, load_suites
 from infimm_fast.benchmarks.suites.interval_attention import all_visible
 from infimm_fast.kernels.common.cases import spread
 from infimm_fast.kernels.common.numerics import outlier_normal
 from infimm_fast.kernels.interval.cases import make_kv_range, row_ranges
+from infimm_fast.models.infimm_hd import costs
 from infimm_fast.models.infimm_hd.presets import preset
 
 load_suites()
@@ -22,27 +22,9 @@ def find(op, name):
     return case
 
 
-def test_the_tower_of_infimm_hd_on_ten_tiles():
-    # 64 layers, 1025 tokens, width 1792: 4 C^2 + 2 C 15360 weights.
-    linear = 2 * 64 * 10250 * (4 * 1792**2 + 2 * 1792 * 15360)
-    assert linear == pytest.approx(89.1e12, rel=1e-3)
+def test_one_layer_of_the_tower_on_ten_tiles():
     # Two products of 1025 x 1025 x 112 in 16 heads.
-    attention = 64 * 10 * 16 * 4 * 1025**2 * 112
-    assert attention == pytest.approx(4.82e12, rel=1e-3)
-    patches = 2 * 10 * 1024 * 3 * 14 * 14 * 1792
-    config = preset("infimm-hd-vicuna-13b")
-    config.vision_feature_layer = -1
-    assert cases.vision_flops(config, 10) == patches + linear + attention
-    one_layer = find("subimage_attention", "infimm-hd-vicuna-13b, 10 tiles")
-    assert 64 * one_layer.flops == attention
-
-
-def test_the_paper_sees_the_penultimate_layer():
-    config = preset("infimm-hd-vicuna-13b")
-    embedding = 2 * 10 * 1024 * 3 * 14 * 14 * 1792
-    expected = embedding + (89.08e12 + 4.82e12) * 63 / 64
-    assert cases.vision_flops(config, 10) == pytest.approx(expected, rel=1e-3)
-    assert cases.vision_bytes(config, "bfloat16", 10) == pytest.approx(63 * 67.9e6 * 2 + 6.0e6 * 2 + 18.4e6 * 2, rel=1e-3)
+    assert find("subimage_attention", "infimm-hd-vicuna-13b, 10 tiles").flops == 10 * 16 * 4 * 1025**2 * 112
 
 
 def test_the_whole_model_is_its_parts():
@@ -51,33 +33,8 @@ def test_the_whole_model_is_its_parts():
     # K/V: 1792 -> 2 x 768 for 10 blocks, 0.56 TFLOP for ten tiles.
     key_values = 2 * 40 * 1025 * 1792 * 1536 * 10
     assert key_values == pytest.approx(4 * 0.56e12, rel=0.01)
-    parts = cases.vision_flops(config, 40) + cases.language_flops(config, 4, 128, 0, 10250)
+    parts = costs.vision_flops(config, 40) + costs.language_flops(config, 4, 128, 0, 10250)
     assert case.sizes["tiles"] == 40 and case.flops == parts + key_values
-
-
-def test_one_decoding_step_reads_the_weights_the_cache_and_the_pictures():
-    config = preset("infimm-hd-vicuna-13b")
-    # Without the embedding table: 40 layers of 317 million, the head, 10 gated blocks of 60 million.
-    layers = 40 * (4 * 5120**2 + 3 * 5120 * 13824)
-    gated = 10 * (2 * 5120 * 768 + 2 * 5120**2)
-    visual = 10 * 2 * 768 * 10250
-    cache = 40 * 2 * 5120 * 129
-    expected = 2 * (layers + 5120 * 32002 + gated + visual + cache)
-    assert cases.language_bytes(config, "bfloat16", 1, 1, 128, 10250) == expected
-    assert 2 * layers == pytest.approx(25.4e9, rel=0.01) and 2 * gated == pytest.approx(1.2e9, rel=0.01)
-    assert 2 * visual == pytest.approx(315e6, rel=0.01)
-    linear = 2 * (layers + gated + 5120 * 32002)
-    attention = 40 * 4 * 5120 * 129 + 10 * 4 * 768 * 10250
-    assert cases.language_flops(config, 1, 1, 128, 10250) == linear + attention
-
-
-def test_a_prompt_counts_causal_pairs_and_one_head():
-    config = preset("infimm-hd-vicuna-13b")
-    layers = 40 * (4 * 5120**2 + 3 * 5120 * 13824)
-    gated = 10 * (2 * 5120 * 768 + 2 * 5120**2)
-    pairs = 3 * 128 * 129 // 2
-    expected = 2 * 3 * 128 * (layers + gated) + 40 * 4 * 5120 * pairs + 10 * 4 * 768 * 3 * 128 * 1025 + 2 * 3 * 5120 * 32002
-    assert cases.language_flops(config, 3, 128, 0, 1025) == expected
 
 
 def test_cross_attention_counts_what_is_visible():

@@ -139,7 +139,7 @@ def test_two_git_revisions(tmp_path):
     git("add", "--all")
     git("commit", "--quiet", "-m", "first")
     suite = tree / "benchmarks" / "suites" / "gated_residual.py"
-    suite.write_text(suite.read_text() + '\n\nregister_implementation(NAME, "second naive")(_naive)\n')
+    suite.write_text(suite.read_text() + '\n\nregister_implementation(OP.name, "second naive")(_naive)\n')
     git("commit", "--quiet", "-am", "second")
     script = f"""
 import os
