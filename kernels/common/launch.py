@@ -7,7 +7,7 @@ import functools
 import importlib.util
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -103,27 +103,26 @@ def resolve_backend(backend: str, tensor: torch.Tensor) -> str:
         BackendUnavailableError: ``"triton"`` was asked for, and triton is missing or the tensor is on a CPU without
             ``TRITON_INTERPRET=1``.
     """
-    check_choice("backend", backend, BACKENDS)
-    on_gpu = tensor.device.type == "cuda"
     if backend == "auto":
-        return "triton" if on_gpu and TRITON_INSTALLED else "sdpa"
+        return "triton" if tensor.device.type == "cuda" and TRITON_INSTALLED else "sdpa"
+    check_choice("backend", backend, BACKENDS)
     if backend == "triton":
         if not TRITON_INSTALLED:
             raise BackendUnavailableError("backend='triton' needs the triton package; pip install 'infimm-fast[gpu]'")
-        if not on_gpu and not (tensor.device.type == "cpu" and interpreting()):
+        if tensor.device.type != "cuda" and not (tensor.device.type == "cpu" and interpreting()):
             raise BackendUnavailableError(
                 f"backend='triton' needs CUDA tensors (or CPU tensors and TRITON_INTERPRET=1), not {tensor.device.type}"
             )
     return backend
 
 
-def settle_backend(backend: str, tensor: torch.Tensor, obstacle: str | None, stacklevel: int = 3) -> str:
+def settle_backend(backend: str, tensor: torch.Tensor, obstacles: Callable[[], str | None], stacklevel: int = 3) -> str:
     """Turn ``"auto"`` into a backend that takes the arguments; a backend asked for by name is never replaced.
 
     Args:
         backend: one of `BACKENDS`.
         tensor: one of the inputs.
-        obstacle: why the Triton kernels do not take these arguments, or None.
+        obstacles: return why the Triton kernels do not take these arguments, or None; called if they are wanted.
         stacklevel: of the warning; 3 if the caller is the public function.
 
     Raises:
@@ -131,7 +130,8 @@ def settle_backend(backend: str, tensor: torch.Tensor, obstacle: str | None, sta
         BackendUnavailableError: see `resolve_backend`.
     """
     chosen = resolve_backend(backend, tensor)
-    if chosen != "triton" or obstacle is None:
+    obstacle = obstacles() if chosen == "triton" else None
+    if obstacle is None:
         return chosen
     if backend == "triton":
         raise KernelArgumentError(obstacle)
@@ -186,9 +186,12 @@ def can_read(tensor: torch.Tensor) -> bool:
     They may not while `torch.compile` or `torch.export` trace, nor under capture: a graph would replay today's decision on
     tomorrow's values, even if today's is known already.
     """
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or tensor.device.type == "meta":
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return False
-    return not (tensor.device.type == "cuda" and torch.cuda.is_current_stream_capturing())
+    if tensor.is_cpu:
+        return True
+    kind = tensor.device.type
+    return kind != "meta" and not (kind == "cuda" and torch.cuda.is_current_stream_capturing())
 
 
 @functools.cache

@@ -75,8 +75,9 @@ def interval_attention(
         return_lse: also return the log-sum-exp of the scaled scores (natural log, fp32, ``[B, Hq, T]``); not
             differentiable.
         backend: ``"triton"`` for the fused kernel (CUDA; CPU under ``TRITON_INTERPRET=1``), ``"sdpa"`` for PyTorch's
-            fused attention over one dense mask ``[B * T, S]`` (no device sync, but every row pays for all rows'
-            pictures), ``"reference"`` for the plain statement, ``"auto"`` for Triton where it can run and SDPA elsewhere.
+            fused attention, ``"reference"`` for the plain statement, ``"auto"`` for Triton where it can run and SDPA
+            elsewhere. SDPA has one dense mask ``[B * T, S]``, so that every row pays for all rows' pictures; on a CPU,
+            outside tracing, it reads the intervals and needs none.
 
     Returns:
         ``[B, T, Hq, D]`` in the dtype of `q`, or the pair of it and the log-sum-exp. Triton's is contiguous, so that
@@ -93,7 +94,7 @@ def interval_attention(
     _check(q, k, v, kv_range, scale)
     if validate and can_read(kv_range):
         _check_bounds(kv_range, k.shape[0])
-    chosen = settle_backend(backend, q, triton_obstacle(q))
+    chosen = settle_backend(backend, q, lambda: triton_obstacle(q))
     if calls_operator(chosen):
         out, lse = torch.ops.infimm_fast.interval_attention(q, k, v, kv_range, scale, chosen)
         return (out, lse) if return_lse else out
@@ -108,9 +109,11 @@ def interval_attention(
 
 
 def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, kv_range: torch.Tensor, scale: float) -> None:
-    check_shape("q", q, (None, None, None, None), "[B, T, Hq, D]")
-    check_shape("k", k, (None, None, q.shape[3]), "[S, Hkv, D]")
-    check_shape("v", v, tuple(k.shape), "[S, Hkv, D] of k")
+    if q.dim() != 4:
+        check_shape("q", q, (None, None, None, None), "[B, T, Hq, D]")
+    if k.dim() != 3 or k.shape[2] != q.shape[3]:
+        check_shape("k", k, (None, None, q.shape[3]), "[S, Hkv, D]")
+    check_shape("v", v, k.shape, "[S, Hkv, D] of k")
     check_shape("kv_range", kv_range, (q.shape[0], q.shape[1], 2), "[B, T, 2]")
     check_same_kind("q", q, k=k, v=v)
     if kv_range.dtype not in (torch.int32, torch.int64) or kv_range.device != q.device:

@@ -15,15 +15,21 @@ import torch.nn.functional as F
 from infimm_fast.kernels.common.launch import resolve_backend
 from infimm_fast.kernels.interval.options import Options
 from infimm_fast.kernels.interval.reference import interval_mask
+from infimm_fast.kernels.interval.runs import attend_runs, find_runs
 
 
 def composite_forward(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, kv_range: torch.Tensor, scale: float
 ) -> torch.Tensor:
-    """Attention by PyTorch's fused kernel, differentiable: batch and text are one query axis under one dense mask."""
-    batch, length, heads, head_dim = q.shape
+    """Attention by PyTorch's fused kernel, differentiable.
+
+    Without a mask where the intervals can be read; else batch and text are one query axis under one dense mask.
+    """
+    if (runs := find_runs(kv_range, k.shape[0])) is not None:
+        return attend_runs(q, k, v, runs, scale)
     if k.shape[0] == 0:
         return torch.zeros_like(q)
+    batch, length, heads, head_dim = q.shape
     kv_range = kv_range.clamp(0, k.shape[0]).reshape(batch * length, 2)
     nonempty = kv_range[:, 0] < kv_range[:, 1]
     # A token that sees nothing is shown key 0, and its result is dropped: softmax over no key would be NaN.

@@ -36,17 +36,22 @@ def find_runs(kv_range: torch.Tensor, num_keys: int) -> list[Run] | None:
         kv_range: int32 or int64 ``[B, T, 2]``.
         num_keys: S; intervals are clamped to it.
     """
-    if kv_range.device.type != "cpu" or kv_range.numel() == 0 or not can_read(kv_range):
+    rows, tokens, _ = kv_range.shape
+    if not (rows and tokens and kv_range.is_cpu and can_read(kv_range)):
         return None
-    rows, tokens = kv_range.shape[:2]
-    runs = []
+    runs: list[Run] = []
     if rows * tokens <= FEW_TOKENS:
         for row, intervals in enumerate(kv_range.tolist()):
             first = 0
-            for token in range(1, tokens + 1):
-                if token == tokens or intervals[token] != intervals[first]:
-                    runs.append(_run(row, first, token, intervals[first], num_keys))
-                    first = token
+            while first < tokens:
+                interval, last = intervals[first], first + 1
+                while last < tokens and intervals[last] == interval:
+                    last += 1
+                start, end = interval
+                if not 0 <= start <= end <= num_keys:
+                    start, end = _clamp(start, end, num_keys)
+                runs.append(Run(row, first, last, start, end))
+                first = last
     else:
         changes = (kv_range[:, 1:] != kv_range[:, :-1]).any(-1).nonzero()  # [n, 2]: row, token before a change
         if len(changes) > MOST_RUNS * rows:
@@ -56,16 +61,16 @@ def find_runs(kv_range: torch.Tensor, num_keys: int) -> list[Run] | None:
             firsts[row].append(token + 1)
         for row, ones in enumerate(firsts):
             intervals = kv_range[row, ones].tolist()
-            for first, last, interval in zip(ones, [*ones[1:], tokens], intervals, strict=True):
-                runs.append(_run(row, first, last, interval, num_keys))
-    if len(runs) > MOST_RUNS * rows or not any(run.start < run.end for run in runs):
+            for first, last, (start, end) in zip(ones, [*ones[1:], tokens], intervals, strict=True):
+                runs.append(Run(row, first, last, *_clamp(start, end, num_keys)))
+    if len(runs) > MOST_RUNS * rows:
         return None
-    return runs
+    return runs if runs[0].start < runs[0].end or any(run.start < run.end for run in runs) else None
 
 
-def _run(row: int, first: int, last: int, interval: list[int], num_keys: int) -> Run:
-    start, end = (min(max(bound, 0), num_keys) for bound in interval)
-    return Run(row, first, last, start, max(start, end))
+def _clamp(start: int, end: int, num_keys: int) -> tuple[int, int]:
+    start = min(max(start, 0), num_keys)
+    return start, min(max(start, end), num_keys)
 
 
 def attend_runs(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, runs: list[Run], scale: float) -> torch.Tensor:
@@ -78,35 +83,42 @@ def attend_runs(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, runs: list[Ru
         runs: of `find_runs`, at least one of them not empty.
         scale: multiplies the scores.
     """
-    rows, tokens = q.shape[:2]
-    start, end = runs[0].start, runs[0].end
+    rows = q.shape[0]
+    _, _, _, start, end = runs[0]
     length = end - start
+    if len(runs) == rows == 1:
+        return _attend(q, _keys(k, start, 1, length), _keys(v, start, 1, length), scale)
     if len(runs) == rows and length:
-        if all(run.start == start and run.end == end for run in runs):
-            one = q if rows == 1 else q.reshape(1, rows * tokens, *q.shape[2:])
-            return _attend(one, _keys(k, start, end)[None], _keys(v, start, end)[None], scale).reshape(q.shape)
-        if all(run.start == start + run.row * length and run.end == run.start + length for run in runs):
-            end = start + rows * length
-            k, v = (_keys(x, start, end).unflatten(0, (rows, length)) for x in (k, v))
-            return _attend(q, k, v, scale)
+        spans = [run[3:] for run in runs]
+        if spans.count(spans[0]) == rows:
+            # Queries that see the same keys are one row.
+            one = q.flatten(0, 1)[None]
+            return _attend(one, _keys(k, start, 1, length), _keys(v, start, 1, length), scale).view(q.shape)
+        if spans == [(first, first + length) for first in range(start, start + rows * length, length)]:
+            return _attend(q, _keys(k, start, rows, length), _keys(v, start, rows, length), scale)
     parts: list[list[torch.Tensor]] = [[] for _ in range(rows)]
     for run in runs:
         part = q[run.row, run.first : run.last][None]
         if run.start < run.end:
-            part = _attend(part, k[run.start : run.end][None], v[run.start : run.end][None], scale)
+            length = run.end - run.start
+            part = _attend(part, _keys(k, run.start, 1, length), _keys(v, run.start, 1, length), scale)
         else:
             part = torch.zeros_like(part)
         parts[run.row].append(part)
     return torch.cat([torch.cat(one, dim=1) if len(one) > 1 else one[0] for one in parts])
 
 
-def _keys(x: torch.Tensor, start: int, end: int) -> torch.Tensor:
-    """Return ``x[start:end]``; a view costs as much as the checks of a whole call."""
-    return x if start == 0 and end == x.shape[0] else x[start:end]
+def _keys(x: torch.Tensor, start: int, rows: int, length: int) -> torch.Tensor:
+    """Return ``x [S, Hkv, D]`` from `start` on as ``[rows, Hkv, length, D]``."""
+    if x.requires_grad and torch.is_grad_enabled():
+        return x[start : start + rows * length].unflatten(0, (rows, length)).transpose(1, 2)
+    # Each view costs microseconds, so one instead of three.
+    (_, heads, head_dim), (token, head, channel) = x.shape, x.stride()
+    strides = (length * token, head, token, channel)
+    return x.as_strided((rows, heads, length, head_dim), strides, x.storage_offset() + start * token)
 
 
 def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
-    """Attention of ``[B, T, Hq, D]`` on ``[B, S, Hkv, D]``."""
-    grouped = {"enable_gqa": True} if q.shape[2] != k.shape[2] else {}
-    out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), scale=scale, **grouped)
-    return out.transpose(1, 2)
+    """Attention of ``[B, T, Hq, D]`` on ``[B, Hkv, S, D]``."""
+    grouped = q.shape[2] != k.shape[1]
+    return F.scaled_dot_product_attention(q.transpose(1, 2), k, v, scale=scale, enable_gqa=grouped).transpose(1, 2)

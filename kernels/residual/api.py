@@ -90,7 +90,7 @@ def gated_residual(
     """
     norm_eps = float(norm_eps)
     _check(x, y, gate, keep, norm_weight, norm_bias, norm_eps)
-    chosen = settle_backend(backend, x, dtype_obstacle(x) or width_obstacle(x.shape[-1]))
+    chosen = settle_backend(backend, x, lambda: dtype_obstacle(x) or width_obstacle(x.shape[-1]))
     arguments = (x, y, gate, keep, norm_weight, norm_bias, norm_eps)
     if chosen == "triton":
         out, normed = torch.ops.infimm_fast.gated_residual(*arguments, chosen)

@@ -231,7 +231,7 @@ def _settle(q: torch.Tensor, options: Options) -> Options:
         raise KernelArgumentError(f"scale={options.scale} is not accepted; it must be a positive number")
     _check_rope(q, options)
     _check_lengths(q, options)
-    chosen = settle_backend(options.backend, q, triton_obstacle(q) or _rope_obstacle(options), stacklevel=4)
+    chosen = settle_backend(options.backend, q, lambda: triton_obstacle(q) or _rope_obstacle(options), stacklevel=4)
     return options._replace(max_seqlen=options.max_seqlen if options.packed else q.shape[1], backend=chosen)
 
 
