@@ -136,11 +136,11 @@ def register_family(family: Family) -> None:
     """Make a family known to exporters and to `infimm_fast.export.load`; one of the same name is replaced."""
     if not family.name or not family.graphs:
         raise ExportError(f"{type(family).__name__} needs a name and the names of its graphs")
-    _FAMILIES[family.name] = family
+    _families()[family.name] = family
 
 
 def _families() -> dict[str, Family]:
-    """Return the families that are known: those of the package, and those that were registered."""
+    """Return the families that are known: those of the package, which register when first asked for, and the user's."""
     importlib.import_module("infimm_fast.export.models")
     return _FAMILIES
 

@@ -10,8 +10,7 @@ from rich.console import Console
 
 from infimm_fast.cli.export import progress_bars
 from infimm_fast.errors import ConfigurationError
-from infimm_fast.export import load
-from infimm_fast.export.common.generation import GenerativeModel
+from infimm_fast.export import GenerativeModel, load
 
 
 def run_artifact(

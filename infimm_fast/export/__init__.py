@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 # Public name -> module that defines it.
 _PUBLIC = {
+    "Backend": "common.runner",
     "Case": "common.cases",
     "ExportError": "common.errors",
     "ExportedModel": "common.runner",
     "ExportedModule": "common.runner",
     "Family": "common.family",
+    "GenerativeModel": "common.generation",
     "GraphSpec": "common.spec",
     "Opening": "runtime.providers",
     "TensorSpec": "common.spec",
@@ -43,6 +45,8 @@ if TYPE_CHECKING:
     from infimm_fast.export.common.errors import VerificationError as VerificationError
     from infimm_fast.export.common.family import Family as Family
     from infimm_fast.export.common.family import register_family as register_family
+    from infimm_fast.export.common.generation import GenerativeModel as GenerativeModel
+    from infimm_fast.export.common.runner import Backend as Backend
     from infimm_fast.export.common.runner import ExportedModel as ExportedModel
     from infimm_fast.export.common.runner import ExportedModule as ExportedModule
     from infimm_fast.export.common.spec import GraphSpec as GraphSpec

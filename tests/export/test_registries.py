@@ -155,6 +155,24 @@ def test_providers_say_what_is_accepted(toy):
         load(folder, "packages")
 
 
+def test_a_users_family_replaces_one_of_the_package():
+    """In a fresh process, where those of the package are not registered yet."""
+    code = """
+from infimm_fast.export import Family, register_family
+from infimm_fast.export.common.family import family_of
+
+class Mine(Family):
+    name, model_class, graphs = "infimm_hd", "InfiMMHDForConditionalGeneration", ("one",)
+
+class InfiMMHDForConditionalGeneration: pass
+
+register_family(Mine())
+print(type(family_of(InfiMMHDForConditionalGeneration())).__name__)
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout == "Mine\n"
+
+
 def test_the_common_part_and_the_declarations_import_no_model():
     modules = "common.family, common.generation, common.prepared, common.verify, models, runtime.loading"
     code = "import sys\n" + "".join(f"import infimm_fast.export.{name}\n" for name in modules.split(", "))
