@@ -15,44 +15,32 @@ from infimm_fast.benchmarks.registry import BenchCase, Implementation, Prepared,
 from infimm_fast.benchmarks.suites import end_to_end, interval_attention, language, model
 from infimm_fast.kernels.common.cases import Inputs
 from infimm_fast.models.infimm_hd.configuration_infimm_hd import InfiMMHDConfig
-from infimm_fast.models.infimm_hd.image_processing_infimm_hd import InfiMMHDImageProcessor
+from infimm_fast.models.infimm_hd.presets import preset
 from interpreter import load_file
 
 DRY = load_file(Path(__file__).with_name("dry_cuda.py"))
 _CACHES = (model.load_model, model._slice_model, model._slice_references, model._check_ops, model._check_slice)
 
 
-def shallow(preset: Callable[[str], InfiMMHDConfig], vision_layers: int, text_layers: int) -> Callable:
-    """Return `preset` with few layers and one gated block: every layer is the same work for the host."""
-
-    def shallow_preset(name: str) -> InfiMMHDConfig:
-        config = preset(name)
-        config.vision_config.num_hidden_layers, config.text_config.num_hidden_layers = vision_layers, text_layers
-        config.cross_attention_every_n_layers, config.vision_feature_layer = text_layers, -1
-        return config
-
-    return shallow_preset
+# Layers of tower and language model: every layer is the same work for the host.
+_VISION_LAYERS, _TEXT_LAYERS = 1, 2
 
 
-def _remember(process: Callable) -> Callable:
-    """Return `process` with its results kept by the number of pictures: they take seconds, and their values no part."""
-    known: dict[int, Any] = {}
-
-    def remembered(processor: Any, pictures: list[Any], *args: Any, **kwargs: Any) -> Any:
-        if len(pictures) not in known:
-            known[len(pictures)] = process(processor, pictures, *args, **kwargs)
-        return known[len(pictures)]
-
-    return remembered
+def _shallow_preset(name: str) -> InfiMMHDConfig:
+    """Return a preset with few layers and one gated block."""
+    config = preset(name)
+    config.vision_config.num_hidden_layers, config.text_config.num_hidden_layers = _VISION_LAYERS, _TEXT_LAYERS
+    config.cross_attention_every_n_layers, config.vision_feature_layer = _TEXT_LAYERS, -1
+    return config
 
 
 @contextlib.contextmanager
-def dry_benchmarks(depth: tuple[int, int] | None = (1, 2), **options: Any) -> Iterator[Any]:
+def dry_benchmarks(**options: Any) -> Iterator[Any]:
     """Pretend that there is a GPU, and let the benchmarks compare shapes in place of numbers.
 
+    Models have few layers, batches two rows at most, and prompts one of two lengths.
+
     Args:
-        depth: layers of tower and language model, with batches of two at most and two text lengths; or None for the whole
-            plan, which takes some minutes.
         **options: see `dry_cuda`.
     """
     registry.load_suites()
@@ -66,15 +54,13 @@ def dry_benchmarks(depth: tuple[int, int] | None = (1, 2), **options: Any) -> It
             (timing, "WARM_UPS", 0),
             (timing, "MIN_SAMPLES", 1),
             (timing, "MAX_INPUT_SETS", 2),
-            (InfiMMHDImageProcessor, "__call__", _remember(InfiMMHDImageProcessor.__call__)),
             (end_to_end, "load_image", functools.cache(end_to_end.load_image)),
             (harness, "prepare", _watched(dry)),
             (harness, "pinned_threads", contextlib.nullcontext),
+            *((module, "preset", _shallow_preset) for module in (registry, model, end_to_end)),
+            *((module, "_BATCHES", (1, 2)) for module in (end_to_end, language)),
+            (interval_attention, "PREFILL_TOKENS", (128, 2048)),
         ]
-        if depth is not None:
-            patches += [(module, "preset", shallow(registry.preset, *depth)) for module in (registry, model, end_to_end)]
-            patches += [(module, "_BATCHES", (1, 2)) for module in (end_to_end, language)]
-            patches += [(interval_attention, "PREFILL_TOKENS", (128, 2048))]
         for owner, name, value in patches:
             stack.enter_context(mock.patch.object(owner, name, value))
         for cache in _CACHES:
