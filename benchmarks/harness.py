@@ -239,8 +239,8 @@ def _time_graph(stage: Stage, row: Row, runs: list[Run], timer: Timer) -> Row:
 
 
 def _with_times(row: Row, times: Times) -> Row:
-    spread = {"p10_ms": times.percentile(10), "p90_ms": times.percentile(90)}
-    return replace(row, median_ms=times.median, samples=len(times.samples), **spread)
+    p10_ms, p90_ms = times.percentile(10), times.percentile(90)
+    return replace(row, median_ms=times.median, p10_ms=p10_ms, p90_ms=p90_ms, samples=len(times.samples))
 
 
 def _refusal(error: Exception) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -94,7 +94,7 @@ def _colours(report: Report) -> dict[str, str]:
     return colours
 
 
-def _draw_bars(axes: Axes, bars: list[tuple[float, float, str]], height: float) -> None:
+def _draw_bars(axes: Axes, bars: Sequence[tuple[float, float, str]], height: float) -> None:
     """Draw bars of (place, length, colour), each with its length beside it; one too long is cut off and says so."""
     lengths = sorted(length for _, length, _ in bars)
     jumps = (index for index in range(1, len(lengths)) if lengths[index] > _OUTLIER * lengths[index - 1])

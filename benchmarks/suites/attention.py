@@ -9,17 +9,24 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from infimm_fast.benchmarks.registry import BenchCase
+from infimm_fast.benchmarks.registry import BenchCase, Run, needs_cuda, register_implementation
+from infimm_fast.kernels.common.cases import Inputs
 
 # On [B, T, heads, head_dim] and [B, S, heads, head_dim].
 Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 Maker = Callable[[BenchCase, torch.device], Attention]
+# From the inputs of a case to q, k and v.
+Parts = Callable[[BenchCase, Inputs], tuple[torch.Tensor, ...]]
 FORCED = {
     "flash": SDPBackend.FLASH_ATTENTION,
     "cudnn": SDPBackend.CUDNN_ATTENTION,
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
 }
 FLEX_MODES = {"flex": "default", "flex max-autotune": "max-autotune-no-cudagraphs"}
+FLEX_PROPERTIES: dict[str, dict[str, Any]] = {
+    "flex": {"requires": needs_cuda, "setup_seconds": 8.0},
+    "flex max-autotune": {"requires": needs_cuda, "setup_seconds": 30.0, "main_only": True},
+}
 
 
 def naive(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
@@ -55,11 +62,6 @@ def flex(mode: str, block_mask: Any = None) -> Attention:
     return attention
 
 
-def flex_properties(mode: str) -> dict[str, Any]:
-    """Return what compiling in one of `FLEX_MODES` means for an implementation."""
-    return {"setup_seconds": 8.0} if mode == "flex" else {"setup_seconds": 30.0, "main_only": True}
-
-
 def once_for_case(make: Maker) -> Maker:
     """Return `make` with its last result kept, so that all sets of inputs of a case share masks and compiled functions.
 
@@ -73,3 +75,18 @@ def once_for_case(make: Maker) -> Maker:
         return last[0][1]
 
     return made
+
+
+def register_attention(stage: str, parts: Parts, name: str, make: Maker, **properties: Any) -> None:
+    """Make an attention an implementation of a stage; `make` returns it for a case, `properties` as for any other."""
+    made = once_for_case(make)
+
+    def prepare(case: BenchCase, inputs: Inputs) -> Run:
+        attention = made(case, inputs["q"].device)
+        if case.backward:
+            # Views made before a CUDA graph is captured belong to another stream; autograd would have to wait for that.
+            return lambda: attention(*parts(case, inputs))
+        q, k, v = parts(case, inputs)
+        return lambda: attention(q, k, v)
+
+    register_implementation(stage, name, **properties)(prepare)

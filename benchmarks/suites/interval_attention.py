@@ -2,34 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
+from torch.nn.attention import SDPBackend
 
-from infimm_fast.benchmarks.registry import (
-    BenchCase,
-    OpStage,
-    Plan,
-    Run,
-    Series,
-    needs_cuda,
-    register_implementation,
-    register_stage,
-)
+from infimm_fast.benchmarks.registry import BenchCase, OpStage, Plan, Series, needs_cuda, register_stage
 from infimm_fast.benchmarks.suites.attention import (
-    FLEX_MODES,
+    FLEX_PROPERTIES,
     FORCED,
     Attention,
     Maker,
     flex,
-    flex_properties,
     naive,
-    once_for_case,
+    register_attention,
     sdpa,
 )
 from infimm_fast.kernels.common.cases import Case, Inputs
-from infimm_fast.kernels.interval.cases import OP, row_length, row_ranges, visual_tokens
+from infimm_fast.kernels.interval.cases import OP, make_sizes, row_length, row_ranges, visual_tokens
 
 PREFILL_TOKENS = (128, 512, 2048)
 DECODE_ROWS = (1, 8, 64)
@@ -38,15 +30,11 @@ DECODE_ROWS = (1, 8, 64)
 _MAX_STRIDED_TOKENS = 2**16
 
 
-def _sizes(plan: Plan, tiles: int, rows: int = 1, tokens: int = 1, images: int = 1, shared: bool = False) -> dict[str, int]:
-    """Return the sizes of `rows` rows of `tokens` text tokens, each row with `tiles` tiles in `images` pictures."""
+def _sizes(plan: Plan, tiles: int, rows: int = 1, tokens: int = 1, **others: int) -> dict[str, int]:
+    """Return the sizes of `rows` rows of `tokens` text tokens, each row with `tiles` tiles; see `make_sizes` for others."""
     config = plan.config
-    sizes = {"rows": rows, "tokens": tokens, "tiles": tiles, "images": images, "shared": int(shared)}
-    sizes |= {
-        "tokens_per_tile": config.visual_tokens_per_tile,
-        "heads": config.cross_attention_heads,
-        "head_dim": config.cross_attention_head_dim,
-    }
+    shape = (rows, tokens, config.cross_attention_heads, config.cross_attention_heads, config.cross_attention_head_dim)
+    sizes = make_sizes(*shape, tiles=tiles, tokens_per_tile=config.visual_tokens_per_tile, **others)
     return sizes | {"kv_blocks": len(config.gated_layers) if visual_tokens(sizes) <= _MAX_STRIDED_TOKENS else 1}
 
 
@@ -66,16 +54,13 @@ def model_cases(plan: Plan) -> Iterator[tuple[Case, tuple[Series, ...]]]:
                 series.append((f"prefill {tokens} tokens, {kind}", "tiles", tiles))
             if tiles == largest:
                 series.append((f"prefill, {tiles} tiles, {kind}", "text tokens", tokens))
-            yield Case(name, _sizes(plan, tiles, 1, tokens, images), importance=importance), tuple(series)
+            yield Case(name, _sizes(plan, tiles, 1, tokens, images=images), importance=importance), tuple(series)
     for rows in (1, 4) if plan.tiny else DECODE_ROWS:
         for shared in (False, True) if rows > 1 else (False,):
             kind = "one picture for all" if shared else "a picture for each"
             importance = 0 if rows in (1, 64) and not shared else 1
-            case = Case(
-                f"decode batch {rows}, {largest} tiles, {kind}",
-                _sizes(plan, largest, rows, shared=shared),
-                importance=importance,
-            )
+            sizes = _sizes(plan, largest, rows, shared=int(shared))
+            case = Case(f"decode batch {rows}, {largest} tiles, {kind}", sizes, importance=importance)
             yield case, ((f"decode, {largest} tiles, {kind}", "batch", rows),)
 
 
@@ -84,7 +69,7 @@ def _cases(plan: Plan) -> list[BenchCase]:
     tokens, tiles = (32 if plan.tiny else 512), plan.tile_counts[-1]
     images = min(tiles, 4)
     name = f"prefill {tokens} tokens, {tiles} tiles, {images} pictures, with backward"
-    trained = Case(name, _sizes(plan, tiles, 1, tokens, images), backward=True)
+    trained = Case(name, _sizes(plan, tiles, 1, tokens, images=images), backward=True)
     return [BenchCase.of_op(OP, case, plan.dtype, series) for case, series in (*model_cases(plan), (trained, ()))]
 
 
@@ -145,31 +130,23 @@ def needs_full_visibility(case: Case, device: torch.device) -> str | None:
     return needs_cuda(case, device)
 
 
-def _peer(make: Maker) -> Callable[[BenchCase, Inputs], Run]:
-    """Prepare a peer that works on padded batches."""
-    make = once_for_case(make)
+def _parts(case: BenchCase, inputs: Inputs) -> tuple[torch.Tensor, ...]:
+    """Return queries, and keys and values as padded batches."""
+    return inputs["q"], *(padded(case, part) for part in inputs["kv"].unbind(1))
 
-    def prepare(case: BenchCase, inputs: Inputs) -> Run:
-        attention, q = make(case, inputs["q"].device), inputs["q"]
-        if case.backward:
-            # Views made before a CUDA graph is captured belong to another stream; autograd would have to wait for that.
-            return lambda: attention(q, *(padded(case, part) for part in inputs["kv"].unbind(1)))
-        k, v = padded(case, inputs["k"]), padded(case, inputs["v"])
-        return lambda: attention(q, k, v)
 
-    return prepare
+def _masked(backend: SDPBackend | None, case: BenchCase, device: torch.device) -> Attention:
+    return sdpa(additive_mask(case, device), backend)
 
 
 register_stage(OpStage(OP, "cross", _cases))
-register_implementation(OP.name, "naive")(_peer(masked_naive))
-register_implementation(OP.name, "sdpa dense mask")(_peer(lambda case, device: sdpa(additive_mask(case, device))))
+_register = partial(register_attention, OP.name, _parts)
+_register("naive", masked_naive)
+_register("sdpa dense mask", partial(_masked, None))
 for _name in ("cudnn", "efficient"):
-    register_implementation(OP.name, f"sdpa {_name} dense mask", requires=needs_cuda)(
-        _peer(lambda case, device, backend=FORCED[_name]: sdpa(additive_mask(case, device), backend))  # type: ignore[misc]
-    )
+    _register(f"sdpa {_name} dense mask", partial(_masked, FORCED[_name]), requires=needs_cuda)
 for _name in ("cudnn", "flash"):
-    register_implementation(OP.name, f"sdpa {_name} unmasked", requires=needs_full_visibility)(
-        _peer(lambda case, device, backend=FORCED[_name]: sdpa(None, backend))  # type: ignore[misc]
-    )
-for _name in FLEX_MODES:
-    register_implementation(OP.name, _name, requires=needs_cuda, **flex_properties(_name))(_peer(masked_flex(_name)))
+    _unmasked = partial(lambda backend, case, device: sdpa(None, backend), FORCED[_name])
+    _register(f"sdpa {_name} unmasked", _unmasked, requires=needs_full_visibility)
+for _name, _properties in FLEX_PROPERTIES.items():
+    _register(_name, masked_flex(_name), **_properties)

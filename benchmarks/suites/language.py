@@ -59,10 +59,8 @@ class _LanguageStage(ModelStage):
     def make_case(self, plan: Plan, rows: int, tokens: int, past: int, main: bool) -> BenchCase:
         """Return a case of `tokens` new tokens for each row, after `past` others."""
         config, visual = plan.config, plan.tile_counts[-1] * plan.config.visual_tokens_per_tile
-        if past:
-            name, series = f"batch {rows}, after {past} tokens", (("one step", "batch", rows),)
-        else:
-            name, series = f"batch {rows}, {tokens} tokens", (("batch 1", "text tokens", tokens),) * (rows == 1)
+        name = f"batch {rows}, after {past} tokens" if past else f"batch {rows}, {tokens} tokens"
+        point = ("one step", "batch", rows) if past else ("batch 1", "text tokens", tokens)
         return BenchCase(
             name=name,
             sizes={"rows": rows, "tokens": tokens, "past": past, "visual": visual},
@@ -70,7 +68,7 @@ class _LanguageStage(ModelStage):
             flops=language_flops(config, rows, tokens, past, visual),
             bytes=language_bytes(config, plan.dtype, rows, tokens, past, rows * visual),
             importance=0 if main else 2,
-            series=series,
+            series=(point,) if past or rows == 1 else (),
             preset=plan.preset,
         )
 

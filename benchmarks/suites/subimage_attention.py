@@ -2,29 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from functools import partial
 
 import torch
 
-from infimm_fast.benchmarks.registry import (
-    BenchCase,
-    OpStage,
-    Plan,
-    needs_cuda,
-    own_cases,
-    register_implementation,
-    register_stage,
-)
-from infimm_fast.benchmarks.suites.attention import (
-    FLEX_MODES,
-    FORCED,
-    Maker,
-    flex,
-    flex_properties,
-    naive,
-    once_for_case,
-    sdpa,
-)
+from infimm_fast.benchmarks.registry import BenchCase, OpStage, Plan, needs_cuda, own_cases, register_stage
+from infimm_fast.benchmarks.suites.attention import FLEX_PROPERTIES, FORCED, flex, naive, register_attention, sdpa
 from infimm_fast.kernels.common.cases import Case, Inputs
 from infimm_fast.kernels.subimage.cases import OP
 
@@ -46,32 +29,17 @@ def _cases(plan: Plan) -> list[BenchCase]:
     return cases
 
 
-def _on_views(make: Maker) -> Callable[[BenchCase, Inputs], Callable[[], torch.Tensor]]:
-    """Prepare an attention on q, k and v as a qkv projection leaves them."""
-    make = once_for_case(make)
-
-    def prepare(case: BenchCase, inputs: Inputs) -> Callable[[], torch.Tensor]:
-        attention = make(case, inputs["qkv"].device)
-        if case.backward:
-            # Views made before a CUDA graph is captured belong to another stream; autograd would have to wait for that.
-            return lambda: attention(*inputs["qkv"].unbind(2))
-        q, k, v = (inputs[name] for name in "qkv")
-        return lambda: attention(q, k, v)
-
-    return prepare
+def _parts(case: BenchCase, inputs: Inputs) -> tuple[torch.Tensor, ...]:
+    """Return q, k and v as a qkv projection leaves them."""
+    return inputs["qkv"].unbind(2)
 
 
 register_stage(OpStage(OP, "ops", _cases))
-register_implementation(OP.name, "naive")(_on_views(lambda case, device: naive))
-register_implementation(OP.name, "naive compiled", setup_seconds=10)(
-    _on_views(lambda case, device: torch.compile(naive, dynamic=False))
-)
-register_implementation(OP.name, "sdpa")(_on_views(lambda case, device: sdpa()))
+_register = partial(register_attention, OP.name, _parts)
+_register("naive", lambda case, device: naive)
+_register("naive compiled", lambda case, device: torch.compile(naive, dynamic=False), setup_seconds=10)
+_register("sdpa", lambda case, device: sdpa())
 for _name, _backend in FORCED.items():
-    register_implementation(OP.name, f"sdpa {_name}", requires=needs_cuda)(
-        _on_views(lambda case, device, backend=_backend: sdpa(None, backend))  # type: ignore[misc]
-    )
-for _name in FLEX_MODES:
-    register_implementation(OP.name, _name, requires=needs_cuda, **flex_properties(_name))(
-        _on_views(lambda case, device, mode=_name: flex(mode))  # type: ignore[misc]
-    )
+    _register(f"sdpa {_name}", partial(lambda backend, case, device: sdpa(None, backend), _backend), requires=needs_cuda)
+for _name, _properties in FLEX_PROPERTIES.items():
+    _register(_name, partial(lambda mode, case, device: flex(mode), _name), **_properties)

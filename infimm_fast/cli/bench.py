@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import typer
 
 # Everything behind "bench" is passed on as it stands, --help too.
-PASS_ON = {"context_settings": {"ignore_unknown_options": True, "allow_extra_args": True}, "add_help_option": False}
+PASS_ON: dict[str, Any] = {
+    "context_settings": {"ignore_unknown_options": True, "allow_extra_args": True},
+    "add_help_option": False,
+}
 
 
 def bench_command(context: typer.Context) -> None:
