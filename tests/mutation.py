@@ -22,7 +22,8 @@ def mutated(op: str, mutation: tuple[str, str, str] | None) -> Iterator[None]:
 
     Args:
         op: name of the folder below kernels/.
-        mutation: (file without its ending, text that occurs in it once, replacement); None changes nothing.
+        mutation: (file of the op without its ending, or "common/tiles"; text that occurs in it once; replacement). None
+            changes nothing.
     """
     if mutation is None:
         yield
@@ -32,10 +33,10 @@ def mutated(op: str, mutation: tuple[str, str, str] | None) -> Iterator[None]:
         importlib.import_module(f"{package.__name__}.{module.name}")
     modules = [module for name, module in sys.modules.items() if name.startswith(f"{package.__name__}.")]
     name, old, new = mutation
-    source = (Path(package.__path__[0]) / f"{name}.py").read_text()
+    source = (Path(package.__path__[0]) / (f"../{name}.py" if "/" in name else f"{name}.py")).read_text()
     assert source.count(old) == 1, f"{name}.py holds {old!r} {source.count(old)} times; the mutation needs exactly one"
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
-        path = Path(folder) / f"{op}_{name}_{abs(hash(mutation))}.py"
+        path = Path(folder) / f"{op}_{name.replace('/', '_')}_{abs(hash(mutation))}.py"
         path.write_text(source.replace(old, new))
         mutant = load_file(path)
         for attribute, value in vars(mutant).items():

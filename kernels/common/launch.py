@@ -55,6 +55,11 @@ def head_strides(tensor: torch.Tensor) -> tuple[int, int, int]:
     )
 
 
+def unit_strides(align: int, *tensors: torch.Tensor) -> list[int]:
+    """Return the `head_strides` of all tensors in units of `align` elements, as kernels take them."""
+    return [stride // align for tensor in tensors for stride in head_strides(tensor)]
+
+
 def common_alignment(*tensors: torch.Tensor) -> int:
     """Return 8 if every row of every ``[B, N, H, D]`` tensor starts at a multiple of 8 elements, else 1.
 

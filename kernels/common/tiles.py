@@ -158,6 +158,28 @@ def add_product(acc, weights, tile, COVER: tl.constexpr):
 
 
 @triton.jit
+def attend_scores(
+    acc, m, total, scores, v_ptr, o_value, keys_left, scale_log2,
+    D: tl.constexpr, COVER: tl.constexpr, MASKED: tl.constexpr, EMPTY_ROWS: tl.constexpr,
+):  # fmt: skip
+    """One step of the online softmax in base 2: ``[rows, keys]`` of scores, -inf where hidden, and the keys' values.
+
+    acc is the sum of the values seen so far, weighted relative to the maximum m; total is the sum of the weights. With
+    EMPTY_ROWS a row may have seen nothing yet; keys at or past keys_left are read as 0 if MASKED.
+    """
+    m_new = tl.maximum(m, tl.max(scores, axis=1) * scale_log2)
+    m_finite = m_new
+    if EMPTY_ROWS:
+        # -inf minus -inf would be NaN.
+        m_finite = tl.where(m_new == float("-inf"), 0.0, m_new)
+    p = tl.exp2(scores * scale_log2 - m_finite[:, None])
+    alpha = tl.exp2(m - m_finite)
+    v = load_tile(v_ptr, o_value, keys_left, D, COVER, MASKED)
+    acc = add_product(scale_tile(acc, alpha[:, None], COVER), p, v, COVER)
+    return acc, m_new, total * alpha + tl.sum(p, axis=1)
+
+
+@triton.jit
 def row_products(tile, row, COVER: tl.constexpr):
     """Return the dot product of every row of `tile` with the only row of `row`, fp32 ``[rows]``; no tensor cores."""
     total = tl.sum(tile[0].to(tl.float32) * row[0].to(tl.float32), axis=1)

@@ -15,30 +15,16 @@ from infimm_fast.kernels.interval.reference import interval_attention_reference
 
 @overload
 def interval_attention(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    kv_range: torch.Tensor,
-    *,
-    scale: float | None = None,
-    validate: bool = False,
-    return_lse: Literal[False] = False,
-    backend: str = "auto",
-) -> torch.Tensor: ...
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, kv_range: torch.Tensor, *, scale: float | None = None,
+    validate: bool = False, return_lse: Literal[False] = False, backend: str = "auto",
+) -> torch.Tensor: ...  # fmt: skip
 
 
 @overload
 def interval_attention(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    kv_range: torch.Tensor,
-    *,
-    scale: float | None = None,
-    validate: bool = False,
-    return_lse: Literal[True],
-    backend: str = "auto",
-) -> tuple[torch.Tensor, torch.Tensor]: ...
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, kv_range: torch.Tensor, *, scale: float | None = None,
+    validate: bool = False, return_lse: Literal[True], backend: str = "auto",
+) -> tuple[torch.Tensor, torch.Tensor]: ...  # fmt: skip
 
 
 def interval_attention(

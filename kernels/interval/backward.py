@@ -22,9 +22,9 @@ from infimm_fast.kernels.common.launch import (
     capability,
     common_alignment,
     device_guard,
-    head_strides,
     rows_are_wide,
     rows_contiguous,
+    unit_strides,
 )
 from infimm_fast.kernels.common.tiles import (
     LOG2_E,
@@ -254,18 +254,15 @@ def launch_backward(
         "WIDE": rows_are_wide(tokens, q, grad, out) or rows_are_wide(blocks, k, v),
     }
 
-    def strides(*tensors: torch.Tensor) -> list[int]:
-        return [stride // align for tensor in tensors for stride in head_strides(tensor)]
-
     delta = torch.empty_like(lse)
-    key_strides = [stride for tensor in (k, v) for stride in strides(tensor)[1:]]
+    key_strides = [*unit_strides(align, k)[1:], *unit_strides(align, v)[1:]]
     with device_guard(q):
         delta_kernel[(triton.cdiv(tokens, DELTA_ROWS) * heads * batch,)](
-            out, grad, None, tokens, tokens, heads, *strides(out, grad), delta,
+            out, grad, None, tokens, tokens, heads, *unit_strides(align, out, grad), delta,
             COVER=config_q.cover, BLOCK_M=DELTA_ROWS, PACKED=False, num_warps=4, **shared,
         )  # fmt: skip
         inputs: tuple[Any, ...] = (q, k, v, kv_range, grad, lse, delta, options.scale, batch, tokens, kv_heads, keys)
-        inputs += (*strides(q, grad), *key_strides, *kv_range.stride())
+        inputs += (*unit_strides(align, q, grad), *key_strides, *kv_range.stride())
         query_kernel[(triton.cdiv(tokens * group, config_q.block_m) * kv_heads * batch,)](
             *inputs, dq, GROUP=group, **_constants(config_q), **shared
         )

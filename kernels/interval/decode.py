@@ -32,8 +32,8 @@ from infimm_fast.kernels.common.launch import (
     LaunchConfig,
     common_alignment,
     device_guard,
-    head_strides,
     rows_are_wide,
+    unit_strides,
 )
 from infimm_fast.kernels.common.tiles import LN_2, LOG2_E, UNSPECIALISED, head_start, load_rows, store_rows
 from infimm_fast.kernels.interval.config import (
@@ -253,7 +253,7 @@ def launch_decode(
     group = heads // kv_heads
     chunks = triton.cdiv(batch, PLAN_ROWS)
     align = common_alignment(q, k, v)
-    strides = [stride // align for stride in (*head_strides(q), *head_strides(k)[1:], *head_strides(v)[1:])]
+    strides = [*unit_strides(align, q), *unit_strides(align, k)[1:], *unit_strides(align, v)[1:]]
     part = torch.empty((split.splits, *out.shape), dtype=torch.float32, device=q.device)
     part_lse = torch.empty(part.shape[:-1], dtype=torch.float32, device=q.device)
     plan = None

@@ -16,9 +16,9 @@ from infimm_fast.kernels.common.launch import (
     capability,
     common_alignment,
     device_guard,
-    head_strides,
     rows_are_wide,
     rows_contiguous,
+    unit_strides,
 )
 from infimm_fast.kernels.common.tiles import UNSPECIALISED, head_start, load_rows, store_rows
 from infimm_fast.kernels.interval.config import DECODE_TOKENS, choose_config, choose_split
@@ -106,7 +106,7 @@ def launch_forward(
         launch_decode(q, k, v, kv_range, options, out=out, lse=lse, config=config, split=split)
         return out, lse
     align = common_alignment(q, k, v)
-    strides = [stride // align for stride in (*head_strides(q), *head_strides(k)[1:], *head_strides(v)[1:])]
+    strides = [*unit_strides(align, q), *unit_strides(align, k)[1:], *unit_strides(align, v)[1:]]
     with device_guard(q):
         forward_kernel[(triton.cdiv(tokens * group, config.block_m) * kv_heads * batch,)](
             q, k, v, kv_range, options.scale, tokens, kv_heads, keys, *strides, *kv_range.stride(), out, lse,

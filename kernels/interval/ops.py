@@ -7,12 +7,13 @@ runs.
 
 from __future__ import annotations
 
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 from infimm_fast.kernels.common.launch import resolve_backend
+from infimm_fast.kernels.common.operators import attention_outputs, fresh, refuse_vmap
 from infimm_fast.kernels.interval.options import Options
 from infimm_fast.kernels.interval.reference import interval_mask
 from infimm_fast.kernels.interval.runs import attend_runs, find_runs
@@ -89,11 +90,6 @@ def _composite_backward(
     return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
 
 
-def _fresh(x: torch.Tensor) -> torch.Tensor:
-    """Allocate a contiguous tensor like `x`."""
-    return x.new_empty(x.shape)
-
-
 @torch.library.custom_op("infimm_fast::interval_attention", mutates_args=())
 def _attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, kv_range: torch.Tensor, scale: float, backend: str
@@ -117,7 +113,7 @@ def _attention_backward(
     scale: float,
     backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    gradients = _fresh(q), _fresh(k), _fresh(v)
+    gradients = fresh(q), fresh(k), fresh(v)
     if resolve_backend(backend, q) == "triton":
         from infimm_fast.kernels.interval.backward import launch_backward
 
@@ -130,13 +126,12 @@ def _attention_backward(
 
 @_attention.register_fake
 def _(q: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    batch, tokens, heads, _ = q.shape
-    return _fresh(q), q.new_empty((batch, heads, tokens), dtype=torch.float32)
+    return attention_outputs(q)
 
 
 @_attention_backward.register_fake
 def _(grad: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, ...]:
-    return _fresh(q), _fresh(k), _fresh(v)
+    return fresh(q), fresh(k), fresh(v)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
@@ -149,12 +144,9 @@ def _differentiate(ctx: Any, grad: torch.Tensor, _: Any) -> tuple[torch.Tensor |
     return (*_attention_backward(grad, *ctx.saved_tensors, *ctx.options), None, None, None)
 
 
-def _refuse_vmap(info: Any, in_dims: Any, *args: Any) -> NoReturn:
-    raise NotImplementedError(
-        "infimm_fast's cross-attention cannot be vmapped; fold the mapped axis into the batch, the first axis of q"
-    )
-
-
 _attention.register_autograd(_differentiate, setup_context=_setup)
-for _op in (_attention, _attention_backward):
-    _op.register_vmap(_refuse_vmap)
+refuse_vmap(
+    _attention,
+    _attention_backward,
+    reason="infimm_fast's cross-attention cannot be vmapped; fold the mapped axis into the batch, the first axis of q",
+)

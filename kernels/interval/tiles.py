@@ -12,7 +12,7 @@ import triton.language as tl
 from infimm_fast.kernels.common.tiles import (
     LN_2,
     LOG2_E,
-    add_product,
+    attend_scores,
     load_tile,
     row_offsets,
     scale_tile,
@@ -74,14 +74,7 @@ def attend_block(
     key = first_key + tl.arange(0, BLOCK_N)
     visible = sees(key[None, :], start[:, None], count[:, None])
     scores = tl.where(visible, scores_of(q, k, COVER), float("-inf"))  # [BLOCK_M, BLOCK_N]
-    m_new = tl.maximum(m, tl.max(scores, axis=1) * scale_log2)
-    # A row that has seen nothing yet: -inf minus -inf would be NaN.
-    m_finite = tl.where(m_new == float("-inf"), 0.0, m_new)
-    p = tl.exp2(scores * scale_log2 - m_finite[:, None])
-    alpha = tl.exp2(m - m_finite)
-    v = load_tile(v_ptr, o_value, last_key - first_key, D, COVER, True)
-    acc = add_product(scale_tile(acc, alpha[:, None], COVER), p, v, COVER)
-    return acc, m_new, total * alpha + tl.sum(p, axis=1)
+    return attend_scores(acc, m, total, scores, v_ptr, o_value, last_key - first_key, scale_log2, D, COVER, True, True)
 
 
 @triton.jit

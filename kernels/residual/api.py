@@ -21,30 +21,16 @@ from infimm_fast.kernels.residual.reference import gated_residual_reference
 
 @overload
 def gated_residual(
-    x: torch.Tensor,
-    y: torch.Tensor,
-    gate: torch.Tensor,
-    keep: torch.Tensor | None = None,
-    *,
-    norm_weight: None = None,
-    norm_bias: None = None,
-    norm_eps: float = 1e-5,
-    backend: str = "auto",
-) -> torch.Tensor: ...
+    x: torch.Tensor, y: torch.Tensor, gate: torch.Tensor, keep: torch.Tensor | None = None, *, norm_weight: None = None,
+    norm_bias: None = None, norm_eps: float = 1e-5, backend: str = "auto",
+) -> torch.Tensor: ...  # fmt: skip
 
 
 @overload
 def gated_residual(
-    x: torch.Tensor,
-    y: torch.Tensor,
-    gate: torch.Tensor,
-    keep: torch.Tensor | None = None,
-    *,
-    norm_weight: torch.Tensor,
-    norm_bias: torch.Tensor,
-    norm_eps: float = 1e-5,
-    backend: str = "auto",
-) -> tuple[torch.Tensor, torch.Tensor]: ...
+    x: torch.Tensor, y: torch.Tensor, gate: torch.Tensor, keep: torch.Tensor | None = None, *, norm_weight: torch.Tensor,
+    norm_bias: torch.Tensor, norm_eps: float = 1e-5, backend: str = "auto",
+) -> tuple[torch.Tensor, torch.Tensor]: ...  # fmt: skip
 
 
 def gated_residual(

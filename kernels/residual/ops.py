@@ -7,12 +7,13 @@ runs.
 
 from __future__ import annotations
 
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 from infimm_fast.kernels.common.launch import resolve_backend
+from infimm_fast.kernels.common.operators import refuse_vmap
 from infimm_fast.kernels.residual.options import Gradients, Options
 from infimm_fast.kernels.residual.reference import gated_sum, row_factors
 
@@ -167,12 +168,9 @@ def _differentiate(ctx: Any, grad: torch.Tensor, grad_normed: torch.Tensor) -> t
     return dx, dy, dgate, None, dweight, dbias, None, None
 
 
-def _refuse_vmap(info: Any, in_dims: Any, *args: Any) -> NoReturn:
-    raise NotImplementedError(
-        "infimm_fast's gated residual cannot be vmapped; fold the mapped axis into the batch, the first axis of x"
-    )
-
-
 _residual.register_autograd(_differentiate, setup_context=_setup)
-for _op in (_residual, _residual_backward):
-    _op.register_vmap(_refuse_vmap)
+refuse_vmap(
+    _residual,
+    _residual_backward,
+    reason="infimm_fast's gated residual cannot be vmapped; fold the mapped axis into the batch, the first axis of x",
+)

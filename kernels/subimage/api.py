@@ -18,42 +18,20 @@ Result = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
 
 @overload
 def subimage_attention(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    *,
-    scale: float | None = None,
-    rope_cos: torch.Tensor | None = None,
-    rope_sin: torch.Tensor | None = None,
-    rope_prefix: int = 0,
-    rope_interleaved: bool = True,
-    seqlens: torch.Tensor | None = None,
-    cu_seqlens: torch.Tensor | None = None,
-    max_seqlen: int | None = None,
-    is_causal: bool = False,
-    return_lse: Literal[False] = False,
-    backend: str = "auto",
-) -> torch.Tensor: ...
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, scale: float | None = None, rope_cos: torch.Tensor | None = None,
+    rope_sin: torch.Tensor | None = None, rope_prefix: int = 0, rope_interleaved: bool = True,
+    seqlens: torch.Tensor | None = None, cu_seqlens: torch.Tensor | None = None, max_seqlen: int | None = None,
+    is_causal: bool = False, return_lse: Literal[False] = False, backend: str = "auto",
+) -> torch.Tensor: ...  # fmt: skip
 
 
 @overload
 def subimage_attention(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    *,
-    scale: float | None = None,
-    rope_cos: torch.Tensor | None = None,
-    rope_sin: torch.Tensor | None = None,
-    rope_prefix: int = 0,
-    rope_interleaved: bool = True,
-    seqlens: torch.Tensor | None = None,
-    cu_seqlens: torch.Tensor | None = None,
-    max_seqlen: int | None = None,
-    is_causal: bool = False,
-    return_lse: Literal[True],
-    backend: str = "auto",
-) -> tuple[torch.Tensor, torch.Tensor]: ...
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, scale: float | None = None, rope_cos: torch.Tensor | None = None,
+    rope_sin: torch.Tensor | None = None, rope_prefix: int = 0, rope_interleaved: bool = True,
+    seqlens: torch.Tensor | None = None, cu_seqlens: torch.Tensor | None = None, max_seqlen: int | None = None,
+    is_causal: bool = False, return_lse: Literal[True], backend: str = "auto",
+) -> tuple[torch.Tensor, torch.Tensor]: ...  # fmt: skip
 
 
 def subimage_attention(
@@ -138,38 +116,20 @@ def subimage_attention(
 
 @overload
 def subimage_attention_packed(
-    qkv: torch.Tensor,
-    *,
-    scale: float | None = None,
-    rope_cos: torch.Tensor | None = None,
-    rope_sin: torch.Tensor | None = None,
-    rope_prefix: int = 0,
-    rope_interleaved: bool = True,
-    seqlens: torch.Tensor | None = None,
-    cu_seqlens: torch.Tensor | None = None,
-    max_seqlen: int | None = None,
-    is_causal: bool = False,
-    return_lse: Literal[False] = False,
-    backend: str = "auto",
-) -> torch.Tensor: ...
+    qkv: torch.Tensor, *, scale: float | None = None, rope_cos: torch.Tensor | None = None,
+    rope_sin: torch.Tensor | None = None, rope_prefix: int = 0, rope_interleaved: bool = True,
+    seqlens: torch.Tensor | None = None, cu_seqlens: torch.Tensor | None = None, max_seqlen: int | None = None,
+    is_causal: bool = False, return_lse: Literal[False] = False, backend: str = "auto",
+) -> torch.Tensor: ...  # fmt: skip
 
 
 @overload
 def subimage_attention_packed(
-    qkv: torch.Tensor,
-    *,
-    scale: float | None = None,
-    rope_cos: torch.Tensor | None = None,
-    rope_sin: torch.Tensor | None = None,
-    rope_prefix: int = 0,
-    rope_interleaved: bool = True,
-    seqlens: torch.Tensor | None = None,
-    cu_seqlens: torch.Tensor | None = None,
-    max_seqlen: int | None = None,
-    is_causal: bool = False,
-    return_lse: Literal[True],
-    backend: str = "auto",
-) -> tuple[torch.Tensor, torch.Tensor]: ...
+    qkv: torch.Tensor, *, scale: float | None = None, rope_cos: torch.Tensor | None = None,
+    rope_sin: torch.Tensor | None = None, rope_prefix: int = 0, rope_interleaved: bool = True,
+    seqlens: torch.Tensor | None = None, cu_seqlens: torch.Tensor | None = None, max_seqlen: int | None = None,
+    is_causal: bool = False, return_lse: Literal[True], backend: str = "auto",
+) -> tuple[torch.Tensor, torch.Tensor]: ...  # fmt: skip
 
 
 def subimage_attention_packed(

@@ -13,9 +13,9 @@ from infimm_fast.kernels.common.launch import (
     capability,
     common_alignment,
     device_guard,
-    head_strides,
     rows_are_wide,
     rows_contiguous,
+    unit_strides,
 )
 from infimm_fast.kernels.subimage.backward_kernels import key_value_kernel, query_kernel
 from infimm_fast.kernels.subimage.config import choose_config
@@ -75,9 +75,6 @@ def launch_backward(
         "PACKED": options.packed,
     }
 
-    def strides(*tensors: torch.Tensor) -> list[int]:
-        return [stride // align for tensor in tensors for stride in head_strides(tensor)]
-
     def grid(block: int, peel: bool) -> tuple[int]:
         return ((triton.cdiv(max_tokens - peel, block) + peel) * heads * options.sequences(batch),)
 
@@ -87,16 +84,16 @@ def launch_backward(
     sizes = (tokens, max_tokens, heads)
     with device_guard(q):
         delta_kernel[grid(DELTA_ROWS, False)](
-            out, grad, lengths, *sizes, *strides(out, grad), delta,
+            out, grad, lengths, *sizes, *unit_strides(align, out, grad), delta,
             COVER=config_q.cover, BLOCK_M=DELTA_ROWS, num_warps=4, **shared,
         )  # fmt: skip
         inputs = (q, k, v, grad, lse, delta, lengths, options.scale, *sizes)
         key_value_kernel[grid(config_kv.block_n, config_kv.peel)](
-            *inputs, *strides(q, k, v, grad, dk, dv), dk, dv,
+            *inputs, *unit_strides(align, q, k, v, grad, dk, dv), dk, dv,
             MASKED=masked(config_kv.block_m, config_kv.peel), **_constants(config_kv, options.is_causal), **shared,
         )  # fmt: skip
         query_kernel[grid(config_q.block_m, config_q.peel)](
-            *inputs, *strides(q, k, v, grad, dq), dq,
+            *inputs, *unit_strides(align, q, k, v, grad, dq), dq,
             MASKED=masked(config_q.block_n, config_q.peel), **_constants(config_q, options.is_causal), **shared,
         )  # fmt: skip
     if options.rope_cos is not None:

@@ -21,16 +21,16 @@ from infimm_fast.kernels.common.launch import (
     capability,
     common_alignment,
     device_guard,
-    head_strides,
     rows_are_wide,
     rows_contiguous,
+    unit_strides,
 )
 from infimm_fast.kernels.common.tiles import (
     LN_2,
     LOG2_E,
     UNSPECIALISED,
-    add_product,
     add_weighted_rows,
+    attend_scores,
     head_start,
     load_tile,
     locate,
@@ -61,12 +61,7 @@ def attend_block(
         if CAUSAL:
             visible = visible & (key_index <= query_index[:, None])
         scores = tl.where(visible, scores, float("-inf"))
-    m_new = tl.maximum(m, tl.max(scores, axis=1) * scale_log2)
-    p = tl.exp2(scores * scale_log2 - m_new[:, None])
-    alpha = tl.exp2(m - m_new)
-    v = load_tile(v_ptr, o_value, length - key_start, D, COVER, MASKED)
-    acc = add_product(scale_tile(acc, alpha[:, None], COVER), p, v, COVER)
-    return acc, m_new, total * alpha + tl.sum(p, axis=1)
+    return attend_scores(acc, m, total, scores, v_ptr, o_value, length - key_start, scale_log2, D, COVER, MASKED, False)
 
 
 @triton.jit
@@ -209,11 +204,10 @@ def launch_forward(
     k = rotated(k, options)
     blocks = triton.cdiv(max_tokens - config.peel, config.block_m) + config.peel
     align = common_alignment(q, k, v)
-    strides = [stride // align for tensor in (q, k, v) for stride in head_strides(tensor)]
     with device_guard(q):
         forward_kernel[(blocks * heads * options.sequences(batch),)](
             q, k, v, options.rope_cos, options.rope_sin, lengths, options.scale, tokens, max_tokens, heads,
-            options.rope_prefix, *strides, out, lse,
+            options.rope_prefix, *unit_strides(align, q, k, v), out, lse,
             D=head_dim, COVER=config.cover, BLOCK_M=config.block_m, BLOCK_N=config.block_n, PEEL=int(config.peel),
             MASKED=options.is_causal or lengths is not None or (max_tokens - config.peel) % config.block_n != 0,
             ALIGN=align, WIDE=rows_are_wide(max(config.block_m, config.block_n), q, k, v, out), PACKED=options.packed,

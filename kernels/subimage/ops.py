@@ -8,12 +8,13 @@ compiled and checkpointed graphs hold them as single nodes. Triton is imported w
 
 from __future__ import annotations
 
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 from infimm_fast.kernels.common.launch import resolve_backend
+from infimm_fast.kernels.common.operators import attention_outputs, fresh, refuse_vmap
 from infimm_fast.kernels.subimage.options import SCHEMA, Options
 from infimm_fast.kernels.subimage.reference import apply_rope, rotate_pairs, visible_mask
 
@@ -130,16 +131,6 @@ def _backward(
         target.copy_(value)
 
 
-def _fresh(x: torch.Tensor) -> torch.Tensor:
-    """Allocate a contiguous tensor like `x`."""
-    return x.new_empty(x.shape)
-
-
-def _outputs(q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    batch, tokens, heads, _ = q.shape
-    return _fresh(q), q.new_empty((batch, heads, tokens), dtype=torch.float32)
-
-
 @torch.library.custom_op(
     "infimm_fast::subimage_attention",
     mutates_args=(),
@@ -163,7 +154,7 @@ def _attention_backward(
     lse: torch.Tensor,
     *options: Any,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    gradients = _fresh(q), _fresh(k), _fresh(v)
+    gradients = fresh(q), fresh(k), fresh(v)
     _backward(grad, (q, k, v, out, lse), Options(*options), gradients)
     return gradients
 
@@ -186,29 +177,29 @@ def _attention_packed(qkv: torch.Tensor, *options: Any) -> tuple[torch.Tensor, t
 def _attention_packed_backward(
     grad: torch.Tensor, qkv: torch.Tensor, out: torch.Tensor, lse: torch.Tensor, *options: Any
 ) -> torch.Tensor:
-    gradient = _fresh(qkv)
+    gradient = fresh(qkv)
     _backward(grad, (*qkv.unbind(2), out, lse), Options(*options), gradient.unbind(2))
     return gradient
 
 
 @_attention.register_fake
 def _(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *options: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    return _outputs(q)
+    return attention_outputs(q)
 
 
 @_attention_packed.register_fake
 def _(qkv: torch.Tensor, *options: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    return _outputs(qkv[:, :, 0])
+    return attention_outputs(qkv[:, :, 0])
 
 
 @_attention_backward.register_fake
 def _(grad: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, ...]:
-    return _fresh(q), _fresh(k), _fresh(v)
+    return fresh(q), fresh(k), fresh(v)
 
 
 @_attention_packed_backward.register_fake
 def _(grad: torch.Tensor, qkv: torch.Tensor, *rest: Any) -> torch.Tensor:
-    return _fresh(qkv)
+    return fresh(qkv)
 
 
 def _keep(ctx: Any, tensors: tuple[torch.Tensor, ...], options: Options, output: tuple[torch.Tensor, ...]) -> None:
@@ -243,13 +234,12 @@ def _differentiate_packed(ctx: Any, grad: torch.Tensor, _: Any) -> tuple[torch.T
     return (_attention_packed_backward(grad, *tensors, *options), *[None] * len(options))
 
 
-def _refuse_vmap(info: Any, in_dims: Any, *args: Any) -> NoReturn:
-    raise NotImplementedError(
-        "infimm_fast's attention cannot be vmapped; fold the mapped axis into the tiles, its first axis"
-    )
-
-
 _attention.register_autograd(_differentiate, setup_context=_setup)
 _attention_packed.register_autograd(_differentiate_packed, setup_context=_setup_packed)
-for _op in (_attention, _attention_packed, _attention_backward, _attention_packed_backward):
-    _op.register_vmap(_refuse_vmap)
+refuse_vmap(
+    _attention,
+    _attention_packed,
+    _attention_backward,
+    _attention_packed_backward,
+    reason="infimm_fast's attention cannot be vmapped; fold the mapped axis into the tiles, its first axis",
+)

@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from infimm_fast.kernels.common.launch import common_alignment, device_guard, head_strides, rows_are_wide
+from infimm_fast.kernels.common.launch import common_alignment, device_guard, rows_are_wide, unit_strides
 from infimm_fast.kernels.common.tiles import UNSPECIALISED, head_start, piece_start, piece_width, row_offsets
 from infimm_fast.kernels.subimage.options import Options
 
@@ -147,7 +147,7 @@ def launch_rotate(x: torch.Tensor, options: Options, *, out: torch.Tensor, trans
     with device_guard(x):
         rotate_kernel[grid](
             x, options.rope_cos, options.rope_sin, tokens, heads, options.rope_prefix,
-            *(stride // align for stride in head_strides(x)), *(stride // align for stride in head_strides(out)), out,
+            *unit_strides(align, x, out), out,
             D=head_dim, HALF=triton.next_power_of_2(head_dim // 2), ROWS=ROTATE_ROWS, ALIGN=align,
             WIDE=rows_are_wide(ROTATE_ROWS, x, out), INTERLEAVED=options.rope_interleaved, TRANSPOSE=transpose,
             num_warps=4,

@@ -148,7 +148,7 @@ MUTATIONS: dict[str, tuple[str, str, str, str]] = {
                          "k_ptr = head_start(k_ptr, batch * 0, num_kv_heads - 1 - kv_head,"),
     "heads of a group swapped": ("prompt", "forward", "store_rows(out_ptr, out, query_offsets(token, member,",
                                  "store_rows(out_ptr, out, query_offsets(token, (member + 1) % GROUP,"),
-    "accumulator not rescaled": ("prompt", "tiles", "scale_tile(acc, alpha[:, None], COVER)", "acc"),
+    "accumulator not rescaled": ("prompt", "common/tiles", "scale_tile(acc, alpha[:, None], COVER)", "acc"),
     "log-sum-exp in base 2": ("prompt", "tiles", "(m + tl.log2(total)) * LN_2", "m + tl.log2(total)"),
     "split dropped": ("decode", "decode", "last_key = tl.minimum(first_key + share, high)",
                       "last_key = tl.minimum(first_key + share * (split > 0), high)"),

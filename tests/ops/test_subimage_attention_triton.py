@@ -88,7 +88,7 @@ MUTATIONS = {
     "first query sees one key": (65, "forward", "if CAUSAL else length\n", "\n        end = tl.minimum(length, 1)\n"),
     "dropped tail": (70, "forward", "in range(PEEL, key_end, BLOCK_N)", "in range(PEEL, key_end - BLOCK_N, BLOCK_N)"),
     "padding seen": (70, "forward", "visible = key_index < length", "visible = key_index < length + 1"),
-    "accumulator not rescaled": (70, "forward", "scale_tile(acc, alpha[:, None], COVER)", "acc"),
+    "accumulator not rescaled": (70, "common/tiles", "scale_tile(acc, alpha[:, None], COVER)", "acc"),
     "log-sum-exp in base 2": (70, "forward", "lse = tl.where(query_index < length, (m + tl.log2(total)) * LN_2",
                               "lse = tl.where(query_index < length, (m + tl.log2(total))"),
     "last rows not written": (70, "forward", "store_tile(out_ptr, acc, o_out, stored - row,",
