@@ -79,7 +79,7 @@ class Preprocess(Stage):
         processor = inputs["processor"]
         tiles = [tile for jpeg in inputs["jpegs"] for tile in processor.cut(jpeg)[0]]
         pixels = torch.from_numpy(np.stack([np.asarray(tile) for tile in tiles])).permute(0, 3, 1, 2).to(inputs["device"])
-        # In at least fp32, as every processor does before it rounds to the model's dtype.
+        # In at least float32, as every processor does before it rounds to the model's dtype.
         wide = torch.promote_types(dtype, torch.float32)
         mean, std = (
             torch.tensor(stat, dtype=wide, device=pixels.device).view(3, 1, 1)

@@ -96,7 +96,7 @@ _ENTER: dict[str, Callable[[InfiMMHDForConditionalGeneration], Any]] = {
 class ModelStage(Stage):
     """A stage of the model.
 
-    No fp64 reference of a whole model fits, so that three checks stand in front of its figures: the fused ops that an
+    No float64 reference of a whole model fits, so that three checks stand in front of its figures: the fused ops that an
     implementation stands on pass; a model of full width and two layers keeps the error budget; and the result agrees with
     that of the SDPA model in the same precision.
     """
@@ -189,7 +189,7 @@ def _slice_references(preset_name: str, dtype: str, device: torch.device) -> tup
     model = _slice_model(preset_name, dtype, device)
     model.set_backend("reference")
     plain = _slice_logits(model)
-    # fp64 fits, but the language model's norms and positions are fp32 in any case.
+    # float64 fits, but the language model's norms and positions are float32 in any case.
     wide = torch.float64 if dtype == "float32" else torch.float32
     return plain, _slice_logits(copy.deepcopy(model).to(wide))
 

@@ -99,7 +99,7 @@ def test_a_wrong_gradient_gets_no_figure():
 
 
 def test_a_wrong_last_tile_is_found():
-    """Only two tiles are compared with fp64: the first and the last."""
+    """Only two tiles are compared with float64: the first and the last."""
 
     @register_implementation("subimage_attention", "wrong last tile")
     def wrong_last_tile(case, inputs):
