@@ -115,8 +115,9 @@ def query_kernel(
     dq = zero_tile(BLOCK_M, COVER)
     for first_key in range(low, high, BLOCK_N):
         dq = add_keys(
-            dq, q, grad, lse, delta, k_ptr + first_key * step_k, v_ptr + first_key * step_v, o_key, o_value, start, count,
-            first_key, high, scale * LOG2_E, D, COVER, BLOCK_N,
+            dq, q, grad, lse, delta, k_ptr + first_key * step_k, v_ptr + first_key * step_v, o_key, o_value=o_value,
+            start=start, count=count, first_key=first_key, last_key=high, scale_log2=scale * LOG2_E, D=D, COVER=COVER,
+            BLOCK_N=BLOCK_N,
         )  # fmt: skip
     dq_ptr += (batch.to(tl.int64) * num_tokens * num_heads + kv_head * GROUP) * D
     dq = scale_tile(dq, scale, COVER)
@@ -187,16 +188,19 @@ def key_value_kernel(
     for batch_index in range(0, num_batches):
         batch = zero + batch_index
         first, last = touching_tokens(
-            range_ptr, batch, first_key, last_key, num_tokens, num_keys, stride_rb, stride_rt, stride_re, SCAN
-        )
+            range_ptr, batch, first_key, last_key, num_tokens, num_keys, stride_rb, stride_rt, stride_re=stride_re,
+            SCAN=SCAN,
+        )  # fmt: skip
         row_q = head_start(q_ptr, batch, kv_head * GROUP, zero, stride_qb, stride_qn, stride_qh, ALIGN)
         row_grad = head_start(grad_ptr, batch, kv_head * GROUP, zero, stride_gb, stride_gn, stride_gh, ALIGN)
         statistics = (batch.to(tl.int64) * num_heads + kv_head * GROUP) * num_tokens
         for first_row in range(first * GROUP, last * GROUP, BLOCK_M):
             dk, dv = add_rows(
-                dk, dv, k, v, row_q, row_grad, range_ptr, lse_ptr + statistics, delta_ptr + statistics, batch, key,
-                first_row, num_tokens, num_keys, scale * LOG2_E, stride_qn, stride_qh, stride_gn, stride_gh, stride_rb,
-                stride_rt, stride_re, D, COVER, BLOCK_M, GROUP, ALIGN, WIDE,
+                dk, dv, k, v, row_q, row_grad, range_ptr, lse_ptr + statistics, delta_ptr=delta_ptr + statistics,
+                batch=batch, key=key, first_row=first_row, num_tokens=num_tokens, num_keys=num_keys, scale_log2=scale
+                * LOG2_E, stride_qn=stride_qn, stride_qh=stride_qh, stride_gn=stride_gn, stride_gh=stride_gh,
+                stride_rb=stride_rb, stride_rt=stride_rt, stride_re=stride_re, D=D, COVER=COVER, BLOCK_M=BLOCK_M,
+                GROUP=GROUP, ALIGN=ALIGN, WIDE=WIDE,
             )  # fmt: skip
     dk_ptr = head_start(dk_ptr, zero, kv_head, first_key, 0, num_kv_heads * D, D, 1)
     dv_ptr = head_start(dv_ptr, zero, kv_head, first_key, 0, num_kv_heads * D, D, 1)

@@ -83,8 +83,8 @@ def plan_kernel(
     batch = chunk * ROWS + row
     exists = row < num_rows
     low, high = hulls_of_rows(
-        range_ptr, batch, exists, num_tokens, num_keys, stride_rb, stride_rt, stride_re, TOKENS
-    )  # [ROWS]
+        range_ptr, batch, exists, num_tokens, num_keys, stride_rb, stride_rt, stride_re, TOKENS=TOKENS,
+    )  # fmt: skip
     # Sorted by hull, then by index: a row's rank, its place in its group, and the group's size are counts.
     rank = tl.zeros([ROWS], tl.int32)
     place = tl.zeros([ROWS], tl.int32)
@@ -93,8 +93,9 @@ def plan_kernel(
         other = first + tl.arange(0, COMPARED)
         other_exists = other < num_rows
         other_low, other_high = hulls_of_rows(
-            range_ptr, chunk * ROWS + other, other_exists, num_tokens, num_keys, stride_rb, stride_rt, stride_re, TOKENS
-        )  # [COMPARED]
+            range_ptr, chunk * ROWS + other, other_exists, num_tokens, num_keys, stride_rb, stride_rt, stride_re,
+            TOKENS=TOKENS,
+        )  # fmt: skip
         same_low = low[:, None] == other_low[None, :]
         same = (high[:, None] == other_high[None, :]) & same_low
         less = (other_high[None, :] < high[:, None]) & same_low | (other_low[None, :] < low[:, None])
@@ -186,8 +187,8 @@ def decode_kernel(
     k_ptr = head_start(k_ptr, unit * 0, kv_head, unit * 0, 0, stride_kn, stride_kh, ALIGN)
     v_ptr = head_start(v_ptr, unit * 0, kv_head, unit * 0, 0, stride_vn, stride_vh, ALIGN)
     part, part_lse = attend_keys(
-        q, k_ptr, v_ptr, start, count, first_key, last_key, stride_kn, stride_vn, scale, D, COVER, BLOCK_M, BLOCK_N,
-        ALIGN, WIDE,
+        q, k_ptr, v_ptr, start, count, first_key, last_key, stride_kn, stride_vn=stride_vn, scale=scale, D=D,
+        COVER=COVER, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, ALIGN=ALIGN, WIDE=WIDE,
     )  # fmt: skip
     index = ((split.to(tl.int64) * num_batches + batch) * num_tokens + token) * (num_kv_heads * GROUP) + head
     store_rows(part_ptr, part, (index * D)[:, None], inside, D, COVER)

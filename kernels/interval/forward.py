@@ -58,8 +58,9 @@ def forward_kernel(
     k_ptr = head_start(k_ptr, batch * 0, kv_head, batch * 0, 0, stride_kn, stride_kh, ALIGN)
     v_ptr = head_start(v_ptr, batch * 0, kv_head, batch * 0, 0, stride_vn, stride_vh, ALIGN)
     out, lse = attend_keys(
-        q, k_ptr, v_ptr, start, count, low, high, stride_kn, stride_vn, scale, D, COVER, BLOCK_M, BLOCK_N, ALIGN, WIDE
-    )
+        q, k_ptr, v_ptr, start, count, low, high, stride_kn, stride_vn=stride_vn, scale=scale, D=D, COVER=COVER,
+        BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, ALIGN=ALIGN, WIDE=WIDE,
+    )  # fmt: skip
     num_heads = num_kv_heads * GROUP
     out_ptr += (batch.to(tl.int64) * num_tokens * num_heads + kv_head * GROUP) * D
     store_rows(out_ptr, out, query_offsets(token, member, num_heads * D, D, 1, WIDE), inside, D, COVER)

@@ -74,7 +74,10 @@ def attend_block(
     key = first_key + tl.arange(0, BLOCK_N)
     visible = sees(key[None, :], start[:, None], count[:, None])
     scores = tl.where(visible, scores_of(q, k, COVER), float("-inf"))  # [BLOCK_M, BLOCK_N]
-    return attend_scores(acc, m, total, scores, v_ptr, o_value, last_key - first_key, scale_log2, D, COVER, True, True)
+    return attend_scores(
+        acc, m, total, scores, v_ptr, o_value, last_key - first_key, scale_log2, D=D, COVER=COVER, MASKED=True,
+        EMPTY_ROWS=True,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -100,8 +103,8 @@ def attend_keys(
     acc = zero_tile(BLOCK_M, COVER)
     for key in range(first_key, last_key, BLOCK_N):
         acc, m, total = attend_block(
-            q, acc, m, total, k_ptr + key * step_k, v_ptr + key * step_v, o_key, o_value, start, count, key, last_key,
-            scale_log2, D, COVER, BLOCK_N,
+            q, acc, m, total, k_ptr + key * step_k, v_ptr + key * step_v, o_key, o_value, start=start, count=count,
+            first_key=key, last_key=last_key, scale_log2=scale_log2, D=D, COVER=COVER, BLOCK_N=BLOCK_N,
         )  # fmt: skip
     # A row that has seen nothing has a maximum of -inf and an accumulator of 0.
     total = tl.where(total > 0, total, 1.0)

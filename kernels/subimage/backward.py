@@ -71,7 +71,7 @@ def launch_backward(
     shared: dict[str, Any] = {
         "D": head_dim,
         "ALIGN": align,
-        "WIDE": rows_are_wide(largest, q, k, v, grad, out, dq, dk, dv),
+        "WIDE": rows_are_wide(largest, *(q, k, v, grad, out, dq, dk, dv)),
         "PACKED": options.packed,
     }
 

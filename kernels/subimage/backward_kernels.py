@@ -127,8 +127,9 @@ def key_value_kernel(
             query_start += (row - PEEL) // BLOCK_M * BLOCK_M
         for start in range(query_start, query_end, BLOCK_M):
             dk, dv = add_queries(
-                dk, dv, k, v, q_ptr + start * step_q, grad_ptr + start * step_g, lse_ptr, delta_ptr, o_query, o_grad,
-                key_index, start, length, scale_log2, D, COVER, BLOCK_M, MASKED, CAUSAL,
+                dk, dv, k, v, q_ptr + start * step_q, grad_ptr + start * step_g, lse_ptr, delta_ptr, o_query=o_query,
+                o_grad=o_grad, key_index=key_index, start=start, length=length, scale_log2=scale_log2, D=D,
+                COVER=COVER, BLOCK_M=BLOCK_M, MASKED=MASKED, CAUSAL=CAUSAL,
             )  # fmt: skip
         dk_ptr = head_start(dk_ptr, batch, head, first + row, stride_xb, stride_xn, stride_xh, ALIGN)
         dv_ptr = head_start(dv_ptr, batch, head, first + row, stride_yb, stride_yn, stride_yh, ALIGN)
@@ -223,8 +224,9 @@ def query_kernel(
             key_end = tl.minimum(key_end, row + BLOCK_M)
         for start in range(PEEL, key_end, BLOCK_N):
             dq = add_keys(
-                dq, q, grad, lse, delta, k_ptr + start * step_k, v_ptr + start * step_v, o_key, o_value, query_index,
-                start, length, scale_log2, D, COVER, BLOCK_N, MASKED, CAUSAL,
+                dq, q, grad, lse, delta, k_ptr + start * step_k, v_ptr + start * step_v, o_key, o_value=o_value,
+                query_index=query_index, start=start, length=length, scale_log2=scale_log2, D=D, COVER=COVER,
+                BLOCK_N=BLOCK_N, MASKED=MASKED, CAUSAL=CAUSAL,
             )  # fmt: skip
         dq_ptr = head_start(dq_ptr, batch, head, first + row, stride_xb, stride_xn, stride_xh, ALIGN)
         dq = scale_tile(dq, scale, COVER)

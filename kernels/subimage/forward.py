@@ -61,7 +61,10 @@ def attend_block(
         if CAUSAL:
             visible = visible & (key_index <= query_index[:, None])
         scores = tl.where(visible, scores, float("-inf"))
-    return attend_scores(acc, m, total, scores, v_ptr, o_value, length - key_start, scale_log2, D, COVER, MASKED, False)
+    return attend_scores(
+        acc, m, total, scores, v_ptr, o_value, length - key_start, scale_log2, D=D, COVER=COVER, MASKED=MASKED,
+        EMPTY_ROWS=False,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -116,16 +119,17 @@ def forward_kernel(
         q_first = load_tile(q_ptr, o_one, length, D, COVER, True)  # [1, D]
         if cos_ptr is not None:
             q_first = rotate_tile(
-                q_first, q_ptr, o_one, length, first - rope_prefix, cos_ptr, sin_ptr, D, COVER, INTERLEAVED
-            )
+                q_first, q_ptr, o_one, length, first - rope_prefix, cos_ptr, sin_ptr, D, COVER=COVER,
+                INTERLEAVED=INTERLEAVED,
+            )  # fmt: skip
         k_first = load_tile(k_ptr, o_one, length, D, COVER, True)
         v_first = load_tile(v_ptr, o_one, length, D, COVER, True)
         m_first = tl.sum(row_products(k_first, q_first, COVER), axis=0) * scale_log2
         acc_first = outer_product(tl.full([1], 1.0, tl.float32), v_first, COVER)
         end = tl.minimum(length, 1) if CAUSAL else length
         acc_first, m_first, total_first = attend_first_query(
-            q_first, acc_first, m_first, m_first * 0.0 + 1.0, k_ptr, v_ptr, step_k, step_v, o_key, o_value, end,
-            scale_log2, D, COVER, BLOCK_N,
+            q_first, acc_first, m_first, m_first * 0.0 + 1.0, k_ptr, v_ptr, step_k, step_v, o_key=o_key,
+            o_value=o_value, length=end, scale_log2=scale_log2, D=D, COVER=COVER, BLOCK_N=BLOCK_N,
         )  # fmt: skip
         acc_first = scale_tile(acc_first, 1.0 / total_first, COVER)
         store_tile(out_ptr, acc_first, row_offsets(1, num_heads * D, 1, WIDE), stored, length, D, COVER)
@@ -140,8 +144,9 @@ def forward_kernel(
         q = load_tile(q_ptr, o_query, length - row, D, COVER, True)  # [BLOCK_M, D]
         if cos_ptr is not None:
             q = rotate_tile(
-                q, q_ptr, o_query, length - row, first + row - rope_prefix, cos_ptr, sin_ptr, D, COVER, INTERLEAVED
-            )
+                q, q_ptr, o_query, length - row, first + row - rope_prefix, cos_ptr, sin_ptr, D, COVER=COVER,
+                INTERLEAVED=INTERLEAVED,
+            )  # fmt: skip
         if PEEL:
             o_one = row_offsets(1, stride_qn, ALIGN, WIDE)
             k_first = load_tile(k_ptr, o_one, length, D, COVER, True)  # [1, D]
@@ -160,8 +165,9 @@ def forward_kernel(
             key_end = tl.minimum(key_end, row + BLOCK_M)
         for start in range(PEEL, key_end, BLOCK_N):
             acc, m, total = attend_block(
-                q, acc, m, total, k_ptr + start * step_k, v_ptr + start * step_v, o_key, o_value, query_index, start,
-                length, scale_log2, D, COVER, BLOCK_N, MASKED, CAUSAL,
+                q, acc, m, total, k_ptr + start * step_k, v_ptr + start * step_v, o_key, o_value,
+                query_index=query_index, key_start=start, length=length, scale_log2=scale_log2, D=D, COVER=COVER,
+                BLOCK_N=BLOCK_N, MASKED=MASKED, CAUSAL=CAUSAL,
             )  # fmt: skip
 
         acc = scale_tile(acc, (1.0 / total)[:, None], COVER)

@@ -52,19 +52,10 @@ def rotate_tile(
     for i in tl.static_range(len(COVER)):
         result += (
             rotate_piece(
-                tile[i],
-                ptr,
-                o_row,
-                rows_left,
-                angle_row,
-                cos_ptr,
-                sin_ptr,
-                D,
-                piece_start(COVER, i),
-                piece_width(COVER, i),
-                INTERLEAVED,
-            ),
-        )
+            tile[i], ptr, o_row, rows_left, angle_row, cos_ptr, sin_ptr, D, START=piece_start(COVER, i),
+            WIDTH=piece_width(COVER, i), INTERLEAVED=INTERLEAVED,
+        ),
+        )  # fmt: skip
     return result
 
 
