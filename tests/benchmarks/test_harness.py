@@ -264,7 +264,7 @@ def test_a_stage_and_a_peer_are_one_registration_each_as_the_readme_says():
     examples = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
     assert len(examples) == 2
     for example in examples:
-        assert len([line for line in example.splitlines() if line.strip()]) <= 11
+        assert len([line for line in example.splitlines() if line.strip()]) <= 10
         exec(example, names)
     report = run_benchmarks(Settings(("ops",), PLAN, 0.0, ops=("doubling",)))
     (case,) = report.cases

@@ -15,10 +15,11 @@ from infimm_fast.kernels import gated_residual, interval_attention, subimage_att
 
 pytestmark = pytest.mark.slow
 
-# Where the work takes a millisecond or more, ours may take so many times as long; below, so many seconds longer.
-RATIO, SECONDS, LONG = 1.15, 60e-6, 1e-3
+# Ours may take so many times as long, or so many seconds longer, whichever is more: on large work the ratio decides, on
+# small work the host's overhead, which large keys and values make slower by driving the interpreter out of the caches.
+RATIO, SECONDS = 1.15, 60e-6
 # Short rounds, and many: a neighbour on the same core doubles what a call costs.
-ROUNDS, CALLS = 100, 20
+ROUNDS, CALLS, SERIES = 100, 20, 5
 
 
 @pytest.fixture(autouse=True)
@@ -30,13 +31,14 @@ def one_thread() -> Iterator[None]:
 
 
 def _medians(*functions: Callable[[], Any]) -> list[float]:
-    """Return median seconds of functions that are called in turns."""
+    """Return median seconds of functions that are called in turns, in short series so that each finds its own caches."""
     times: list[list[float]] = [[] for _ in functions]
-    for _ in range(CALLS):
+    for _ in range(CALLS // SERIES):
         for function, own in zip(functions, times, strict=True):
-            start = time.perf_counter()
-            function()
-            own.append(time.perf_counter() - start)
+            for _ in range(SERIES):
+                start = time.perf_counter()
+                function()
+                own.append(time.perf_counter() - start)
     return [median(own) for own in times]
 
 
@@ -47,7 +49,7 @@ def _assert_hardly_slower(ours: Callable[[], Any], plain: Callable[[], Any]) -> 
     with torch.no_grad():
         for _ in range(ROUNDS):
             mine, theirs = _medians(ours, plain)
-            if mine <= (RATIO * theirs if theirs >= LONG else theirs + SECONDS):
+            if mine <= max(RATIO * theirs, theirs + SECONDS):
                 return
             rounds.append((mine - theirs, mine, theirs))
             time.sleep(0.02)
