@@ -26,7 +26,7 @@ from infimm_fast.errors import ConfigurationError
 
 GPU_PRESET, CPU_PRESET = "infimm-hd-vicuna-13b", "tiny"
 _USAGE = """\
-sections, all of them without any:
+sections, or all:
   ops         attention of vision towers; gate, residual and norm; ops of your own
   cross       cross-attention from text to pictures, the op and the whole gated block: prefill and decode
   vision      the vision tower
@@ -57,7 +57,10 @@ def bench(arguments: Sequence[str], program: str) -> int:
     Raises:
         ConfigurationError: an argument is not accepted.
     """
-    command, rest = (arguments[0], arguments[1:]) if arguments else ("", ())
+    if not arguments:
+        _parser(program).print_help()
+        return 0
+    command, *rest = arguments
     if command == "compare":
         return _compare(rest, program)
     if command == "page":

@@ -50,6 +50,6 @@ def test_a_wheel_installed_elsewhere_does_the_three_uses(tmp_path):
     assert not (target / "tools").exists() and not (target / "tests").exists()
     (tmp_path / "photo.jpg").write_bytes((ROOT / "examples" / "images" / "raccoon.jpg").read_bytes())
     assert "answer" in run(sys.executable, "-c", USES, str(target))
-    bench = ("-m", "infimm_fast.benchmarks", "ops", "--op", "gated_residual", "--seconds", "0.01", "--out", "results")
+    bench = ("-m", "infimm_fast.benchmarks", "ops", "--ops", "gated_residual", "--seconds", "0.01", "--out", "results")
     assert "gated_residual" in run(sys.executable, *bench)
     assert list((tmp_path / "results").glob("*.json"))

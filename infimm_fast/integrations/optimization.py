@@ -5,7 +5,8 @@ from __future__ import annotations
 from torch import nn
 
 from infimm_fast.errors import FoldError
-from infimm_fast.models.infimm_hd.configuration_infimm_hd import BACKENDS, check_choice
+from infimm_fast.kernels.common.launch import BACKENDS
+from infimm_fast.models.infimm_hd.configuration_infimm_hd import check_choice
 from infimm_fast.models.infimm_hd.fused_gated_cross_attention import FusedGatedCrossAttentionBlock, check_foldable
 from infimm_fast.models.infimm_hd.modeling_eva_vision import InfiMMHDPreTrainedModel
 from infimm_fast.models.infimm_hd.modeling_gated_cross_attention import GatedCrossAttentionBlock

@@ -115,6 +115,7 @@ def test_the_help_is_the_same_behind_both_doors(capsys):
     usage = capsys.readouterr().out
     assert usage.split("positional arguments")[1] == result.output.split("positional arguments")[1]
     assert all(f"\n  {section} " in usage for section in SECTIONS)
+    assert bench([], "infimm-fast bench") == 0 and capsys.readouterr().out == usage
 
 
 def test_a_cpu_gets_the_tiny_preset(monkeypatch):

@@ -7,9 +7,8 @@ from typing import Any
 from transformers import AutoConfig, PretrainedConfig
 
 from infimm_fast.errors import ConfigurationError
+from infimm_fast.kernels.common.launch import BACKENDS
 from infimm_fast.models.infimm_hd.chat_templates import CHAT_TEMPLATES
-
-BACKENDS = ("sdpa", "reference", "triton", "auto")
 
 
 def check_choice(name: str, value: Any, accepted: tuple) -> None:

@@ -19,7 +19,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from infimm_fast.errors import ImageInputError
 from infimm_fast.folders import updated_folder
 from infimm_fast.kernels import subimage_attention_packed
-from infimm_fast.models.infimm_hd.configuration_infimm_hd import BACKENDS, InfiMMHDVisionConfig, check_choice
+from infimm_fast.kernels.common.launch import BACKENDS
+from infimm_fast.models.infimm_hd.configuration_infimm_hd import InfiMMHDVisionConfig, check_choice
 from infimm_fast.models.infimm_hd.position_embedding import axial_rope, resize_position_embedding
 
 _WEIGHT_FILES = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
