@@ -8,11 +8,12 @@ so that what the host reads of them (intervals, counts of images) is right.
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import traceback
 import types
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 from unittest import mock
 
@@ -33,26 +34,31 @@ NAME, MEMORY = "Dry H100", 78 * 2**30
 _MOST_VALUES = 2**14
 _aten = torch.ops.aten
 # What reads values on the host, so that the host waits; none of it can be captured.
-_READERS = {
-    _aten._local_scalar_dense.default,
-    _aten.equal.default,
-    _aten.is_nonzero.default,
-    _aten.nonzero.default,
-    _aten.masked_select.default,
-    _aten.unique_dim.default,
-    _aten._unique2.default,
-    _aten.bincount.default,
-    _aten.repeat_interleave.Tensor,
-}
+_READING = "_local_scalar_dense equal is_nonzero nonzero masked_select unique_dim _unique2 bincount"
+_READERS = {_aten.repeat_interleave.Tensor, *(getattr(_aten, name).default for name in _READING.split())}
 _UNSET = {_aten.empty.memory_format, _aten.empty_strided.default, _aten.new_empty.default, _aten.empty_like.default}
 _COPIES = {_aten._to_copy.default, _aten.copy_.default}
 # These take indices from the host, which are copied first.
 _INDEXERS = {_aten.index.Tensor, _aten.index_put_.default, _aten._index_put_impl_.default, _aten.index_put.default}
+# Where a call that makes the host wait may be, to be named.
+_PLACES = ("/infimm_fast/", "/kernels/", "/benchmarks/", "/transformers/", "/tests/", "/export/")
+# What is replaced, for what is not on the pretended GPU.
+_SDPA, _GRAD = F.scaled_dot_product_attention, torch.autograd.grad
+_true_device = torch._C.TensorBase.device.__get__  # type: ignore[attr-defined]
 
 
 def _is_meta(tensor: torch.Tensor) -> bool:
     # Not by the attribute, which says something else while this is in force.
     return torch._C._dispatch_keys(tensor).has(torch._C.DispatchKey.Meta)
+
+
+@contextlib.contextmanager
+def patched(changes: Iterable[tuple[Any, str, Any]]) -> Iterator[None]:
+    """Replace attributes for a while; each is an owner, a name and a value."""
+    with contextlib.ExitStack() as stack:
+        for owner, name, value in changes:
+            stack.enter_context(mock.patch.object(owner, name, value))
+        yield
 
 
 class CaptureError(RuntimeError):
@@ -135,9 +141,8 @@ class DryCuda(TorchDispatchMode):
 
     def _check(self, func: Any, args: Any, kwargs: Any, here: list[torch.Tensor], elsewhere: list[torch.Tensor]) -> None:
         """Refuse what a GPU would: tensors of two devices, and under capture whatever makes the host wait."""
-        reads = func in _READERS or (
-            func in _INDEXERS and any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1])
-        )
+        indices = [index for index in args[1] if index is not None] if func in _INDEXERS else []
+        reads = func in _READERS or any(index.dtype in (torch.bool, torch.uint8) for index in indices)
         target = func is _aten._to_copy.default and kwargs.get("device")
         moves = (bool(here) and bool(elsewhere)) or (bool(target) and (target.type == "meta") != bool(here))
         if moves and func not in _COPIES and func not in _INDEXERS:
@@ -156,22 +161,19 @@ class DryCuda(TorchDispatchMode):
     def _run_operator(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Run an operator's own implementation, and compare what it allocates with what its fake promises."""
         promised = self._shape(func, args, kwargs)
-        definition = torch._library.custom_ops.OPDEFS[func.name()]
         with self, self._functions, recorded_launches() as launches:
-            result = definition._init_fn(*args, **kwargs)
+            result = torch._library.custom_ops.OPDEFS[func.name()]._init_fn(*args, **kwargs)
         # Without their tensors, which would stay in memory.
         self.launches += [one.kernel.__name__ for one in launches]
         for made, expected in zip(_tensors((result,)), _tensors((promised,)), strict=True):
-            found = tuple((x.shape, x.stride(), x.dtype, x.device) for x in (made, expected))
-            assert found[0] == found[1], f"{func} returns {found[0]}, its fake {found[1]}"
+            found, said = ((x.shape, x.stride(), x.dtype, x.device) for x in (made, expected))
+            assert found == said, f"{func} returns {found}, its fake {said}"
         return result
 
     def _count(self, result: Any) -> None:
-        for tensor in _tensors((result,)):
-            if _is_meta(tensor):
-                storage = tensor.untyped_storage()
-                if storage._cdata not in self._storages:
-                    self._allocate(storage)
+        for storage in (tensor.untyped_storage() for tensor in _tensors((result,)) if _is_meta(tensor)):
+            if storage._cdata not in self._storages:
+                self._allocate(storage)
 
     def _allocate(self, storage: torch.UntypedStorage) -> None:
         # The caching allocator rounds to 512 bytes.
@@ -272,9 +274,6 @@ def _place() -> str:
     return "at an unknown place"
 
 
-_PLACES = ("/infimm_fast/", "/kernels/", "/benchmarks/", "/transformers/", "/tests/", "/export/")
-
-
 class _Attention(torch.autograd.Function):
     """PyTorch's fused attention as far as shapes and memory go: no scores; the output lies as CUDA's kernels leave it."""
 
@@ -307,9 +306,6 @@ def _attend_flexibly(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, block_ma
     return _attend(q, k, v, **options)
 
 
-_SDPA = F.scaled_dot_product_attention
-
-
 class _Event:
     def __init__(self, enable_timing: bool = False) -> None:
         assert enable_timing
@@ -323,11 +319,6 @@ class _Event:
         return 1.0
 
 
-class _Stream:
-    def wait_stream(self, stream: _Stream) -> None:
-        pass
-
-
 class _Graph:
     captured = False
 
@@ -338,9 +329,6 @@ class _Graph:
 class _Generator(torch.Generator):
     def __new__(cls, device: Any = "cpu") -> torch.Generator:
         return super().__new__(cls, "cpu")
-
-
-_GRAD = torch.autograd.grad
 
 
 def _differentiate(dry: DryCuda, outputs: Any, *args: Any, **options: Any) -> tuple[torch.Tensor, ...]:
@@ -364,61 +352,52 @@ def dry_cuda(memory: int = MEMORY) -> Iterator[DryCuda]:
     Args:
         memory: of the GPU, bytes; more than that is an `OutOfMemoryError`.
     """
-    dry = DryCuda(memory)
-    cuda = {
-        "is_available": lambda: True,
-        "is_initialized": lambda: True,
-        "current_device": lambda: 0,
-        "device_count": lambda: 1,
-        "device": lambda device: contextlib.nullcontext(),
-        "get_device_name": lambda device=None: NAME,
-        "get_device_capability": lambda device=None: (9, 0),
-        "get_device_properties": lambda device=None: types.SimpleNamespace(
-            name=NAME, L2_cache_size=50 * 2**20, multi_processor_count=132, total_memory=dry.memory, major=9, minor=0
+    dry, stream = DryCuda(memory), mock.Mock(spec_set=["wait_stream"])
+    # What takes a device or nothing, and always gives the same.
+    answers = {
+        "is_available": True,
+        "is_initialized": True,
+        "current_device": 0,
+        "device_count": 1,
+        "get_device_name": NAME,
+        "get_device_capability": (9, 0),
+        "get_device_properties": types.SimpleNamespace(
+            name=NAME, L2_cache_size=50 * 2**20, multi_processor_count=132, total_memory=memory, major=9, minor=0
         ),
+        "current_stream": stream,
+        "empty_cache": None,
+    }
+    cuda = {
+        **{name: lambda device=None, answer=answer: answer for name, answer in answers.items()},
+        "device": lambda device: contextlib.nullcontext(),
         "mem_get_info": lambda device=None: (dry.memory - dry.allocated, dry.memory),
         "memory_allocated": lambda device=None: dry.allocated,
         "max_memory_allocated": lambda device=None: dry.peak,
         "reset_peak_memory_stats": lambda device=None: setattr(dry, "peak", dry.allocated),
-        "empty_cache": lambda: None,
         "synchronize": lambda device=None: dry.wait("torch.cuda.synchronize"),
         "is_current_stream_capturing": lambda: dry.capturing,
-        "current_stream": lambda device=None: _Stream(),
         "stream": lambda stream: contextlib.nullcontext(),
-        "Stream": _Stream,
+        "Stream": lambda: stream,
         "Event": _Event,
         "CUDAGraph": _Graph,
         "graph": lambda graph, **options: _captures(dry, graph),
     }
     device = property(lambda tensor: CUDA if _is_meta(tensor) and not dry.inside else _true_device(tensor))
-    with contextlib.ExitStack() as stack:
-        for name, stand_in in cuda.items():
-            stack.enter_context(mock.patch.object(torch.cuda, name, stand_in))
-        for owner, name, stand_in in (
-            (torch.Tensor, "device", device),
-            (torch.Tensor, "is_cuda", property(lambda tensor: _is_meta(tensor) and not dry.inside)),
-            (torch.Tensor, "is_meta", property(lambda tensor: _is_meta(tensor) and dry.inside)),
-            (torch, "Generator", _Generator),
-            (torch.autograd, "grad", lambda outputs, *args, **options: _differentiate(dry, outputs, *args, **options)),
-            (torch, "compile", _keep),
-            (torch.nn.Module, "compile", lambda module, **options: None),
-            (F, "scaled_dot_product_attention", _attend),
-            (flex_attention, "flex_attention", _attend_flexibly),
-        ):
-            stack.enter_context(mock.patch.object(owner, name, stand_in))
-        stack.enter_context(recorded_launches())
-        stack.callback(launch._device_capability.cache_clear)
-        launch._device_capability.cache_clear()
-        stack.enter_context(dry._functions)
-        stack.enter_context(dry)
+    changes = [
+        *((torch.cuda, name, stand_in) for name, stand_in in cuda.items()),
+        (torch.Tensor, "device", device),
+        (torch.Tensor, "is_cuda", property(lambda tensor: _is_meta(tensor) and not dry.inside)),
+        (torch.Tensor, "is_meta", property(lambda tensor: _is_meta(tensor) and dry.inside)),
+        (torch, "Generator", _Generator),
+        (torch.autograd, "grad", lambda outputs, *args, **options: _differentiate(dry, outputs, *args, **options)),
+        (torch, "compile", lambda function=None, **options: function if function is not None else lambda inner: inner),
+        (torch.nn.Module, "compile", lambda module, **options: None),
+        (F, "scaled_dot_product_attention", _attend),
+        (flex_attention, "flex_attention", _attend_flexibly),
+        (launch, "_device_capability", functools.cache(launch._device_capability.__wrapped__)),
+    ]
+    with patched(changes), recorded_launches(), dry._functions, dry:
         yield dry
-
-
-_true_device = torch._C.TensorBase.device.__get__  # type: ignore[attr-defined]
-
-
-def _keep(function: Callable | None = None, **options: Any) -> Callable:
-    return function if function is not None else lambda inner: inner
 
 
 @contextlib.contextmanager

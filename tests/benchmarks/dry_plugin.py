@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
@@ -32,8 +30,5 @@ numerics.assert_error_budget = DRY.compare_shapes
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
     """Run a test on the pretended device."""
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(DRY.dry_cuda())
-        stack.enter_context(mock.patch.object(torch, "equal", _same_kind))
-        stack.enter_context(mock.patch.object(torch.testing, "assert_close", _same_kind))
+    with DRY.dry_cuda(), DRY.patched([(torch, "equal", _same_kind), (torch.testing, "assert_close", _same_kind)]):
         return (yield)

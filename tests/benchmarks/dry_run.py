@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 from infimm_fast.benchmarks import harness, registry, timing
 from infimm_fast.benchmarks.registry import BenchCase, Implementation, Prepared, Stage
@@ -57,9 +56,8 @@ def dry_benchmarks(**options: Any) -> Iterator[Any]:
         **options: see `dry_cuda`.
     """
     registry.load_suites()
-    with contextlib.ExitStack() as stack:
-        dry = stack.enter_context(DRY.dry_cuda(**options))
-        patches: list[tuple[Any, str, Any]] = [
+    with DRY.dry_cuda(**options) as dry, contextlib.ExitStack() as stack:
+        changes = [
             (registry, "assert_error_budget", DRY.compare_shapes),
             (model, "assert_error_budget", DRY.compare_shapes),
             # Unknown scalars read as 1.
@@ -75,8 +73,7 @@ def dry_benchmarks(**options: Any) -> Iterator[Any]:
             *((module, "_BATCHES", (1, 2)) for module in (end_to_end, language)),
             (interval_attention, "PREFILL_TOKENS", (128, 2048)),
         ]
-        for owner, name, value in patches:
-            stack.enter_context(mock.patch.object(owner, name, value))
+        stack.enter_context(DRY.patched(changes))
         for cache in _CACHES:
             cache.cache_clear()
             stack.callback(cache.cache_clear)
@@ -88,10 +85,9 @@ def _watched(dry: Any) -> Callable[[Stage, BenchCase, Implementation, Inputs], P
 
     def prepare(stage: Stage, case: BenchCase, implementation: Implementation, inputs: Inputs) -> Prepared:
         prepared = registry.prepare(stage, case, implementation, inputs)
-        label = f"{stage.name}, {case.name}: {implementation.name}"
 
         def run() -> Any:
-            dry.timing = label
+            dry.timing = f"{stage.name}, {case.name}: {implementation.name}"
             try:
                 return prepared.run()
             finally:

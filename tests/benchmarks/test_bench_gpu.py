@@ -33,6 +33,10 @@ esac
 """
 
 
+def run_script(command, **options):
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=100, **options)
+
+
 @pytest.fixture
 def run(tmp_path):
     """Return what runs the script; its result has the calls of Python, less the imports tried, and the folder."""
@@ -43,24 +47,15 @@ def run(tmp_path):
     def go(*asked, budget="100", command=(), **environment):
         calls.write_text("")
         # Cores and GPU of the machine that runs this test have no say in the number of workers.
-        shadow = tmp_path / "shadow"
-        shadow.mkdir(exist_ok=True)
+        (shadow := tmp_path / "shadow").mkdir(exist_ok=True)
         for tool, variable, value in (("nvidia-smi", "FREE", "80000"), ("nproc", "CORES", "16")):
             (shadow / tool).write_text(f"#!/bin/sh\necho {environment.pop(variable, value)}\n")
             (shadow / tool).chmod(0o755)
-        path = f"{shadow}:{os.environ['PATH']}"
         inherited = {name: value for name, value in os.environ.items() if name not in ("WORKERS", "TESTS")}
-        done = subprocess.run(
-            command or [SCRIPT, out, budget, *asked],
-            env={**inherited, "PATH": path, "PYTHON": str(python), "CALLS": str(calls), **environment},
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=100,
-        )
+        ours = {"PATH": f"{shadow}:{os.environ['PATH']}", "PYTHON": str(python), "CALLS": str(calls), **environment}
+        done = run_script(command or [SCRIPT, out, budget, *asked], env=inherited | ours)
         lines = calls.read_text().replace(str(out), "OUT").splitlines()
-        done.calls = [line for line in lines if not line.startswith("-c import")]
-        done.out = out
+        done.calls, done.out = [line for line in lines if not line.startswith("-c import")], out
         return done
 
     return go
@@ -85,20 +80,16 @@ def test_all_parts_in_their_order(run):
     names = ["-m pip", "-m pytest", "fast.benchmarks ", "benchmarks.tuning", "tools/sanitize", "tools/profile_kernels"]
     assert [name for call in done.calls for name in names if name in call] == names
     assert done.calls[0] == INSTALL and done.calls[1] == f"{TESTS} -n 5 --dist worksteal"
-    budget = told(done, "benchmarks.tuning")
-    plan = "--plan benchmarks/results/tuning_plan_sm90.json"
-    assert f"-u -m infimm_fast.benchmarks.tuning {plan} --out OUT --budget {budget}" in done.calls
-    assert results(done) == {
-        "tests": ("passed", 0, ["tests.txt", "tests.xml"]),
-        "sanitize": ("passed", 0, ["sanitize.json", "sanitize.txt"]),
-        "benchmarks": (
-            "passed",
-            0,
-            ["NVIDIA-H100.json", "bars.png", "benchmarks.txt", "roofline.png", "scaling.png", "stages.png"],
-        ),
-        "tune": ("passed", 0, ["tune.txt", "tuning.json"]),
-        "profile": ("passed", 0, ["profile.json", "profile.txt"]),
+    tuned = f"--plan benchmarks/results/tuning_plan_sm90.json --out OUT --budget {told(done, 'benchmarks.tuning')}"
+    assert f"-u -m infimm_fast.benchmarks.tuning {tuned}" in done.calls
+    files = {
+        "tests": "tests.txt tests.xml",
+        "sanitize": "sanitize.json sanitize.txt",
+        "benchmarks": "NVIDIA-H100.json bars.png benchmarks.txt roofline.png scaling.png stages.png",
+        "tune": "tune.txt tuning.json",
+        "profile": "profile.json profile.txt",
     }
+    assert results(done) == {part: ("passed", 0, names.split()) for part, names in files.items()}
 
 
 def test_shares_of_the_budget_follow_the_weights_and_time_that_is_not_used_goes_on(run):
@@ -110,43 +101,39 @@ def test_shares_of_the_budget_follow_the_weights_and_time_that_is_not_used_goes_
     assert "=== tests: 1" in done.stdout  # 6 of 22: 109 seconds at most
 
 
-def test_two_calls_hold_what_matters_most(run):
-    first = run("first", budget="400", WORKERS="5")
-    assert first.calls[1] == f"{TESTS} -n 5 --dist worksteal tests/ops" and len(first.calls) == 3
-    assert "fast.benchmarks ops cross --budget" in first.calls[2]
-    second = run("second", budget="300")
-    assert "fast.benchmarks decode vision --budget" in second.calls[1] and "benchmarks.tuning" in second.calls[2]
-    assert len(second.calls) == 3
+@pytest.mark.parametrize(
+    ("asked", "budget", "calls"),
+    [
+        ("first", "400", [f"{TESTS} -n 5 --dist worksteal tests/ops", "fast.benchmarks ops cross --budget"]),
+        ("second", "300", ["fast.benchmarks decode vision --budget", "benchmarks.tuning"]),
+        ("profile", "300", ["profile_kernels"]),
+    ],
+)
+def test_one_call_holds_what_matters_most_or_one_part_that_gets_the_whole_budget(run, asked, budget, calls):
+    done = run(asked, budget=budget, WORKERS="5")
+    assert len(done.calls) == 1 + len(calls)
+    assert all(part in call for part, call in zip(calls, done.calls[1:], strict=True)), done.calls
+    assert asked != "first" or done.calls[1] == calls[0]
+    assert asked != "profile" or 290 <= told(done, "profile_kernels") <= 300
 
 
-def test_one_part_gets_the_whole_budget(run):
-    done = run("profile", budget="300")
-    assert len(done.calls) == 2 and 290 <= told(done, "profile_kernels") <= 300
-
-
-def test_what_has_no_time_left_is_not_run(run):
-    done = run("sanitize", "profile", budget="15")
-    assert done.returncode == 3
-    assert results(done)["sanitize"][:2] == ("not-run", 3) and "seconds are left" in done.stdout
-    assert results(done)["profile"][0] == "passed"  # the last part gets all that the first one left
-
-
-@pytest.mark.slow
-def test_a_part_that_overruns_is_stopped(run):
-    done = run("tune", budget="11", TUNE_SECONDS="60")
-    assert done.returncode == 1 and results(done)["tune"][:2] == ("stopped", 124)
-
-
-def test_failed_tests_do_not_stop_the_rest(run):
-    done = run("tests", "sanitize", TESTS_STATUS="1")
-    assert done.returncode == 1
-    assert results(done)["tests"][:2] == ("failed", 1) and results(done)["sanitize"][0] == "passed"
-
-
-def test_a_part_that_could_not_run_is_no_success(run):
-    done = run("sanitize", "profile", SANITIZE_STATUS="3")
-    assert done.returncode == 3
-    assert results(done)["sanitize"][:2] == ("not-run", 3) and results(done)["profile"][0] == "passed"
+@pytest.mark.parametrize(
+    ("asked", "environment", "status", "first"),
+    [
+        # The last part gets all that the first one left.
+        ("sanitize profile", {"budget": "15"}, 3, ("not-run", 3)),
+        pytest.param("tune", {"budget": "11", "TUNE_SECONDS": "60"}, 1, ("stopped", 124), marks=pytest.mark.slow),
+        ("tests sanitize", {"TESTS_STATUS": "1"}, 1, ("failed", 1)),
+        ("sanitize profile", {"SANITIZE_STATUS": "3"}, 3, ("not-run", 3)),
+    ],
+    ids=["no time left", "stopped", "failed", "could not run"],
+)
+def test_a_part_that_does_not_pass_shows_in_the_status_and_does_not_stop_the_rest(run, asked, environment, status, first):
+    done = run(*asked.split(), **environment)
+    (outcome, *others) = (results(done)[part] for part in asked.split())
+    assert done.returncode == status and outcome[:2] == first
+    assert all(other[0] == "passed" for other in others)
+    assert environment != {"budget": "15"} or "seconds are left" in done.stdout
 
 
 def test_the_output_is_short_and_shows_the_first_failure_and_the_counts(run):
@@ -174,8 +161,7 @@ def test_how_the_tests_are_run(run, environment, expected):
 
 def test_sections_of_the_benchmarks_without_matplotlib(run):
     done = run("ops", "e2e", NO_MATPLOTLIB="1")
-    budget = told(done, "fast.benchmarks ")
-    assert done.calls[1] == f"-u -m infimm_fast.benchmarks ops e2e --budget {budget} --out OUT"
+    assert done.calls[1] == f"-u -m infimm_fast.benchmarks ops e2e --budget {told(done, 'fast.benchmarks ')} --out OUT"
     assert done.returncode == 0 and "no pictures" in (done.out / "benchmarks.txt").read_text()
 
 
@@ -183,9 +169,8 @@ def test_logs_and_pictures_are_packed_if_there_are_many_files(run):
     few = run("tests")
     assert {file.name for file in few.out.iterdir()} == {"tests.txt", "tests.xml", "summary.txt"}
     done = run()
-    files = {file.name for file in done.out.iterdir()}
     reports = {"NVIDIA-H100.json", "sanitize.json", "tuning.json", "profile.json"}
-    assert files == {*reports, "summary.txt", "logs.tar.gz"}
+    assert {file.name for file in done.out.iterdir()} == {*reports, "summary.txt", "logs.tar.gz"}
     with tarfile.open(done.out / "logs.tar.gz") as archive:
         packed = {Path(name).name for name in archive.getnames()}
     assert {"tests.txt", "tests.xml", "bars.png", "sanitize.txt"} <= packed
@@ -204,5 +189,5 @@ def test_make_hands_everything_on(run, tmp_path):
     ("arguments", "message"), [(["", "60"], "no folder was given"), (["out", "soon"], "accepted are whole seconds")]
 )
 def test_bad_arguments(arguments, message):
-    done = subprocess.run([SCRIPT, *arguments], capture_output=True, text=True, check=False)
+    done = run_script([SCRIPT, *arguments])
     assert done.returncode == 2 and message in done.stderr

@@ -6,14 +6,18 @@ run that makes the host wait, more memory than there is.
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+
+pytest.importorskip("triton")
 
 from infimm_fast.benchmarks import SECTIONS, document, harness
 from infimm_fast.benchmarks.ceilings import Ceilings
@@ -21,11 +25,11 @@ from infimm_fast.benchmarks.harness import Settings
 from infimm_fast.benchmarks.registry import IMPLEMENTATIONS, STAGES, BenchCase, Implementation, Run, load_suites, prepare
 from infimm_fast.benchmarks.report import CaseResult, Report
 from infimm_fast.benchmarks.run import GPU_PRESET, make_plan, run_and_store
+from infimm_fast.benchmarks.suites.attention import naive
 from infimm_fast.benchmarks.timing import Timer
 from infimm_fast.kernels.common.cases import Inputs
 from interpreter import load_file
 
-pytest.importorskip("triton")
 HERE = Path(__file__).parent
 DRY_RUN = load_file(HERE / "dry_run.py")
 SHARES = (("ops",), ("cross",), ("vision", "prefill", "decode"), ("preprocess", "e2e"))
@@ -33,6 +37,21 @@ SHARES = (("ops",), ("cross",), ("vision", "prefill", "decode"), ("preprocess", 
 ZEPHYR = "infimm-zephyr-7b"
 # Why a peer may have no figure.
 REASONS = ("on the main cases only", "has no mask", "not installed: No module named 'liger_kernel'")
+
+
+def _from_the_host(case: BenchCase, inputs: Inputs) -> Run:
+    return lambda: naive(*inputs["qkv"].unbind(2)) * torch.ones(112, dtype=case.torch_dtype).to("cuda")
+
+
+# What an implementation makes of the case and its inputs, on the backward pass or not; the remark, and how often it waits.
+MISTAKES = [
+    (_from_the_host, False, "CaptureError: aten._to_copy.default while a graph is captured, at test_dry_run.py", 4),
+    (lambda case, inputs: lambda: inputs["q"] * torch.ones(112), False, "expected all tensors to be on the same device", 0),
+    (lambda case, inputs: lambda: inputs["query"], False, "KeyError: 'query'", 0),
+    (lambda case, inputs: lambda: inputs["q"].transpose(1, 2), False, "FAILED the check: out: ", 0),
+    # Views that were made before the capture.
+    (lambda case, inputs: partial(math.prod, inputs["qkv"].unbind(2)), True, "CaptureError: the backward pass of", 0),
+]
 
 
 def check_rows(case: CaseResult) -> None:
@@ -88,47 +107,14 @@ def test_a_step_from_a_cache_with_a_window_is_the_same_every_time() -> None:
     assert inputs["model"].config.text_config.sliding_window and torch.equal(run(), run())
 
 
-def _from_the_host(case: BenchCase, inputs: Inputs) -> Run:
-    from infimm_fast.benchmarks.suites.attention import naive
-
-    return lambda: naive(*inputs["qkv"].unbind(2)) * torch.ones(112, dtype=case.torch_dtype).to("cuda")
-
-
-def _on_two_devices(case: BenchCase, inputs: Inputs) -> Run:
-    return lambda: inputs["q"] * torch.ones(112)
-
-
-def _renamed(case: BenchCase, inputs: Inputs) -> Run:
-    return lambda: inputs["query"]
-
-
-def _transposed(case: BenchCase, inputs: Inputs) -> Run:
-    return lambda: inputs["q"].transpose(1, 2)
-
-
-def _history(case: BenchCase, inputs: Inputs) -> Run:
-    q, k, v = inputs["qkv"].unbind(2)
-    return lambda: q * k * v
-
-
-@pytest.mark.parametrize(
-    ("prepare", "backward", "remark"),
-    [
-        (_from_the_host, False, "CaptureError: aten._to_copy.default while a graph is captured, at test_dry_run.py"),
-        (_on_two_devices, False, "expected all tensors to be on the same device"),
-        (_renamed, False, "KeyError: 'query'"),
-        (_transposed, False, "FAILED the check: out: "),
-        (_history, True, "CaptureError: the backward pass of"),
-    ],
-)
-def test_mistakes_are_found(prepare: Callable[[BenchCase, Inputs], Run], backward: bool, remark: str) -> None:
+@pytest.mark.parametrize(("prepare", "backward", "remark", "waits"), MISTAKES)
+def test_mistakes_are_found(prepare: Callable[[BenchCase, Inputs], Run], backward: bool, remark: str, waits: int) -> None:
     with DRY_RUN.dry_benchmarks() as dry:
         op, plan = STAGES["subimage_attention"], make_plan(tiles=(1,))
         case = next(case for case in op.cases(plan) if case.backward == backward)
         timer, one = Timer(plan.device, 0.0), Implementation("one", prepare, ours=True)
         result = harness.run_case(op, case, [one], timer, Ceilings(1.0, 1.0))
-    assert remark in result.rows[-1].remark
-    assert len(dry.waits) == (prepare is _from_the_host) * 4
+    assert remark in result.rows[-1].remark and len(dry.waits) == waits
 
 
 def test_memory_that_is_not_there_is_found() -> None:

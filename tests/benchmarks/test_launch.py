@@ -2,11 +2,12 @@
 
 import ast
 import importlib
+import itertools
 import os
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ pytest.importorskip("triton", reason="needs triton")
 
 ROOT = Path(__file__).parents[2]
 SMALL_CASES, PROFILED = tool.cases_with(SMALL), tool.cases_with(PROFILE)
+DECODE = "interval_attention: small, decode one row"
 FOLDERS = {op.name: type(op).__module__.split(".")[2] for op in find_ops().values()}
 
 
@@ -37,10 +39,14 @@ def launched_by_source():
     return found
 
 
+def kernels_of(cases):
+    return {(op.name, kernel) for op, case in cases.values() for kernel in op.kernels_of(case)}
+
+
 def recorded(op, case):
     """Return (module, name) of the kernels that a case launches, without running any."""
-    job = Job(op.kernels_of(case)[-1], case, "bfloat16", 90)
-    job = replace(job, kernel="decode") if job.kernel == "combine" else job
+    kernel = op.kernels_of(case)[-1]
+    job = Job("decode" if kernel == "combine" else kernel, case, "bfloat16", 90)
     with recorded_launches() as launches:
         op.launch(job, op.make_inputs(case, torch.bfloat16, torch.device("meta")), op.config(job))
     return [(one.kernel.fn.__module__, one.kernel.fn.__name__) for one in launches]
@@ -61,15 +67,13 @@ def test_cases_say_what_they_launch(name):
 
 
 def test_the_peeled_case_is_peeled_wherever_it_runs():
-    for kernel in KINDS:
-        for dtype in (torch.bfloat16, torch.float16, torch.float32):
-            for capability in (80, 89, 90, 100, 120):
-                assert choose_config(kernel, 72, dtype, 129, capability).peel, (kernel, dtype, capability)
+    dtypes, capabilities = (torch.bfloat16, torch.float16, torch.float32), (80, 89, 90, 100, 120)
+    for kernel, dtype, capability in itertools.product(KINDS, dtypes, capabilities):
+        assert choose_config(kernel, 72, dtype, 129, capability).peel, (kernel, dtype, capability)
 
 
 def test_every_kernel_is_profiled():
-    small = {(op.name, kernel) for op, case in SMALL_CASES.values() for kernel in op.kernels_of(case)}
-    assert {(op.name, kernel) for op, case in PROFILED.values() for kernel in op.kernels_of(case)} == small
+    assert kernels_of(PROFILED) == kernels_of(SMALL_CASES)
     assert not set(SMALL_CASES) & set(PROFILED)
 
 
@@ -83,10 +87,7 @@ def test_command(capsys):
 
 
 def test_a_wrong_result_ends_with_1(capsys, monkeypatch):
-    def wrong(op, case, dtype, device):
-        raise AssertionError("out: too large")
-
-    monkeypatch.setattr(tool, "run_case", wrong)
+    monkeypatch.setattr(tool, "run_case", mock.Mock(side_effect=AssertionError("out: too large")))
     assert tool.main(["gated_residual: small", "--device", "cpu"]) == 1
     assert capsys.readouterr().out == "gated_residual: small: WRONG: out: too large\n"
 
@@ -102,10 +103,7 @@ def check(name, dtype, mutation=None):
 
 # One of each op: the others take minutes there, and their kernels have tests of their own.
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "name",
-    ["subimage_attention: small, window", "interval_attention: small, decode one row", "gated_residual: small, norm"],
-)
+@pytest.mark.parametrize("name", ["subimage_attention: small, window", DECODE, "gated_residual: small, norm"])
 def test_small_cases_are_right_in_the_interpreter(interpreter, name):
     interpreter.call(__file__, "check", name=name, dtype="float16")
 
@@ -114,10 +112,7 @@ def test_small_cases_are_right_in_the_interpreter(interpreter, name):
 @pytest.mark.parametrize(
     ("name", "mutation"),
     [
-        (
-            "interval_attention: small, decode one row",
-            ("decode", "first_key = low + split * share", "first_key = low + split * (share - 1)"),
-        ),
+        (DECODE, ("decode", "first_key = low + split * share", "first_key = low + split * (share - 1)")),
         ("gated_residual: small", ("tiles", "dgate[i] * (1.0 - slope[i] * slope[i])", "dgate[i]")),
     ],
 )
@@ -128,11 +123,10 @@ def test_mutations_are_noticed(interpreter, name, mutation):
 
 @pytest.mark.slow
 def test_the_command_runs_in_the_interpreter():
-    command = [sys.executable, ROOT / "tools" / "launch.py", "gated_residual: small", "--device", "cpu"]
+    arguments = ["gated_residual: small", "--device", "cpu", "--dtype", "float32"]
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    done = subprocess.run(
-        [*command, "--dtype", "float32"], env=environment, capture_output=True, text=True, check=False, timeout=120
-    )
+    command = [sys.executable, ROOT / "tools" / "launch.py", *arguments]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=120)
     assert done.returncode == 0 and done.stdout == "gated_residual: small: ok\n", done.stderr
 
 
