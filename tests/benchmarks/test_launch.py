@@ -39,10 +39,6 @@ def launched_by_source():
     return found
 
 
-def kernels_of(cases):
-    return {(op.name, kernel) for op, case in cases.values() for kernel in op.kernels_of(case)}
-
-
 def recorded(op, case):
     """Return (module, name) of the kernels that a case launches, without running any."""
     kernel = op.kernels_of(case)[-1]
@@ -52,10 +48,15 @@ def recorded(op, case):
     return [(one.kernel.fn.__module__, one.kernel.fn.__name__) for one in launches]
 
 
-def test_every_launched_kernel_has_a_small_case():
+def test_every_launched_kernel_has_a_small_case_and_is_profiled():
     expected = launched_by_source()
     assert len(expected) >= 13
     assert {kernel for op, case in SMALL_CASES.values() for kernel in recorded(op, case)} == expected
+    small, profiled = (
+        {(op.name, kernel) for op, case in cases.values() for kernel in op.kernels_of(case)}
+        for cases in (SMALL_CASES, PROFILED)
+    )
+    assert profiled == small and not set(SMALL_CASES) & set(PROFILED)
 
 
 @pytest.mark.parametrize("name", [*SMALL_CASES, *PROFILED])
@@ -70,11 +71,6 @@ def test_the_peeled_case_is_peeled_wherever_it_runs():
     dtypes, capabilities = (torch.bfloat16, torch.float16, torch.float32), (80, 89, 90, 100, 120)
     for kernel, dtype, capability in itertools.product(KINDS, dtypes, capabilities):
         assert choose_config(kernel, 72, dtype, 129, capability).peel, (kernel, dtype, capability)
-
-
-def test_every_kernel_is_profiled():
-    assert kernels_of(PROFILED) == kernels_of(SMALL_CASES)
-    assert not set(SMALL_CASES) & set(PROFILED)
 
 
 def test_command(capsys):

@@ -33,11 +33,9 @@ PLAN = Path(__file__).parents[2] / "benchmarks" / "results" / "tuning_plan_sm90.
 OPS = find_ops()
 SUBIMAGE, CROSS, RESIDUAL = "subimage_attention", "interval_attention", "gated_residual"
 JOBS = [(op, job) for op in OPS.values() for job in jobs_of(op, TUNE, ("bfloat16",), (90,))]
-KERNELS = dict.fromkeys((op.name, job.kernel) for op, job in JOBS)
-
-
-def find_jobs(op: str, kernel: str) -> list[Job]:
-    return [job for one, job in JOBS if (one.name, job.kernel) == (op, kernel)]
+KERNELS: dict[tuple[str, str], list[Job]] = {}
+for op, job in JOBS:
+    KERNELS.setdefault((op.name, job.kernel), []).append(job)
 
 
 def small_job(op: str, kernel: str) -> Job:
@@ -117,13 +115,13 @@ def test_the_stored_plan_is_about_these_candidates() -> None:
 
 
 def test_constants_are_set_where_they_are_used_and_put_back() -> None:
-    (job,) = [job for job in find_jobs(CROSS, "decode") if job.case.sizes["rows"] == 64]
+    (job,) = [job for job in KERNELS[CROSS, "decode"] if job.case.sizes["rows"] == 64]
     before = interval_config.MIN_BLOCKS_PER_UNIT, decode.MIN_BLOCKS_PER_UNIT
     with constants_set(OPS[CROSS], job, {"MIN_BLOCKS_PER_UNIT": 4}):
         assert (interval_config.MIN_BLOCKS_PER_UNIT, decode.MIN_BLOCKS_PER_UNIT) == (4, 4)
     assert before == (interval_config.MIN_BLOCKS_PER_UNIT, decode.MIN_BLOCKS_PER_UNIT)
     table = dict(residual_config.MAX_PROGRAMS)
-    (job,) = find_jobs(RESIDUAL, "forward")
+    (job,) = KERNELS[RESIDUAL, "forward"]
     with constants_set(OPS[RESIDUAL], job, {"MAX_PROGRAMS": 7}):
         assert table | {"forward": 7} == residual_config.MAX_PROGRAMS
     assert table == residual_config.MAX_PROGRAMS
@@ -248,6 +246,6 @@ def test_compiling_beforehand_fills_the_cache(tmp_path, monkeypatch) -> None:
     stand_in = mock.Mock(**{f"{name}.return_value": value for name, value in answers.items()})
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(driver, "_active", stand_in)
-    (job,) = find_jobs(RESIDUAL, "forward")
+    (job,) = KERNELS[RESIDUAL, "forward"]
     assert run._compile_one(RESIDUAL, job, candidates_of(OPS[RESIDUAL], job)[0])
     assert list(tmp_path.rglob("forward_kernel.cubin"))
