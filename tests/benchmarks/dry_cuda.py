@@ -171,9 +171,9 @@ class DryCuda(TorchDispatchMode):
         return result
 
     def _count(self, result: Any) -> None:
-        for storage in (tensor.untyped_storage() for tensor in _tensors((result,)) if _is_meta(tensor)):
-            if storage._cdata not in self._storages:
-                self._allocate(storage)
+        for tensor in _tensors((result,)):
+            if _is_meta(tensor) and tensor.untyped_storage()._cdata not in self._storages:
+                self._allocate(tensor.untyped_storage())
 
     def _allocate(self, storage: torch.UntypedStorage) -> None:
         # The caching allocator rounds to 512 bytes.
@@ -215,7 +215,8 @@ class _Redirect(TorchFunctionMode):
             args = tuple(_redirect(arg) for arg in args)
         if "device" in kwargs:
             kwargs["device"] = _redirect(kwargs["device"])
-        elif _by_default_on_cuda(func):
+        elif _is_cuda(_device.CURRENT_DEVICE) and func in _device._device_constructors():
+            # Below ``with torch.device("cuda")``, which PyTorch resolves after this.
             kwargs["device"] = META
         if kwargs.get("device") == META or (args and isinstance(args[0], torch.Tensor) and _is_meta(args[0])):
             kwargs.pop("generator", None)
@@ -228,12 +229,6 @@ def _is_cuda(device: Any) -> bool:
 
 def _redirect(device: Any) -> Any:
     return META if isinstance(device, (str, torch.device)) and _is_cuda(device) else device
-
-
-def _by_default_on_cuda(func: Any) -> bool:
-    """Whether a function makes a tensor below ``with torch.device("cuda")``, which PyTorch resolves after `_Redirect`."""
-    default = _device.CURRENT_DEVICE
-    return default is not None and default.type == "cuda" and func in _device._device_constructors()
 
 
 def _tensors(values: Any) -> Iterator[torch.Tensor]:
@@ -307,9 +302,10 @@ def _attend_flexibly(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, block_ma
 
 
 class _Event:
+    recorded = False
+
     def __init__(self, enable_timing: bool = False) -> None:
         assert enable_timing
-        self.recorded = False
 
     def record(self, stream: Any = None) -> None:
         self.recorded = True
@@ -405,9 +401,6 @@ def _captures(dry: DryCuda, graph: _Graph) -> Iterator[None]:
     with torch.enable_grad():
         # Numbers of autograd's nodes rise.
         dry.first_node = torch.ones((), requires_grad=True).exp().grad_fn._sequence_nr()
-    dry.capturing = True
-    try:
+    with patched([(dry, "capturing", True)]):
         yield
-    finally:
-        dry.capturing = False
     graph.captured = True
