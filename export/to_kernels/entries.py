@@ -2,7 +2,9 @@
 
 The launchers' kernels take every stride as an argument. These entries derive the strides from head counts and head dims
 that are compiled in; what remains are the inputs' pointers, the lengths that vary, as int32, and the output's pointer.
-TensorRT passes a plugin's kernel exactly that. Flags and floats are constants.
+TensorRT passes a plugin's kernel exactly that. Flags and floats are constants, one by one: a compiler that takes a kernel
+over (`to_aoti`) writes them into source, where it could not name the op's class of constants. So the functions that make
+one import it themselves.
 """
 
 from __future__ import annotations
@@ -17,6 +19,22 @@ from infimm_fast.kernels.subimage.forward import forward_kernel as subimage_kern
 ALIGN = tl.constexpr(8)
 
 
+@triton.constexpr_function
+def subimage_tiling(head_dim, cover, block_m, block_n, peel, masked, causal, align):
+    """Return the constants of sub-image attention."""
+    from infimm_fast.kernels.subimage.config import Tiling
+
+    return Tiling(head_dim, tuple(cover), block_m, block_n, peel, masked, ALIGN=align, WIDE=False, CAUSAL=causal)
+
+
+@triton.constexpr_function
+def interval_tiling(head_dim, cover, block_m, block_n, group, align):
+    """Return the constants of interval attention."""
+    from infimm_fast.kernels.interval.config import Tiling
+
+    return Tiling(head_dim, tuple(cover), block_m, block_n, group, ALIGN=align, WIDE=False)
+
+
 @triton.jit(do_not_specialize=["num_tokens"])
 def subimage_attention_packed_entry(
     qkv_ptr, num_tokens, out_ptr,
@@ -26,7 +44,7 @@ def subimage_attention_packed_entry(
     """``qkv [B, N, 3, H, D] -> out [B, N, H, D]``."""
     attend_tiles(
         qkv_ptr, qkv_ptr + H * D, qkv_ptr + 2 * H * D, num_tokens, out_ptr, TOKEN_STRIDE=3 * H * D, H=H, SCALE=SCALE,
-        D=D, COVER=COVER, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, PEEL=PEEL, MASKED=MASKED, CAUSAL=CAUSAL,
+        T=subimage_tiling(D, COVER, BLOCK_M, BLOCK_N, PEEL, MASKED, CAUSAL, ALIGN),
     )  # fmt: skip
 
 
@@ -39,30 +57,27 @@ def subimage_attention_entry(
     """``q, k, v [B, N, H, D] -> out [B, N, H, D]``."""
     attend_tiles(
         q_ptr, k_ptr, v_ptr, num_tokens, out_ptr, TOKEN_STRIDE=H * D, H=H, SCALE=SCALE,
-        D=D, COVER=COVER, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, PEEL=PEEL, MASKED=MASKED, CAUSAL=CAUSAL,
+        T=subimage_tiling(D, COVER, BLOCK_M, BLOCK_N, PEEL, MASKED, CAUSAL, ALIGN),
     )  # fmt: skip
 
 
 @triton.jit
 def attend_tiles(
     q_ptr, k_ptr, v_ptr, num_tokens, out_ptr,
-    TOKEN_STRIDE: tl.constexpr, H: tl.constexpr, SCALE: tl.constexpr, D: tl.constexpr, COVER: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PEEL: tl.constexpr, MASKED: tl.constexpr, CAUSAL: tl.constexpr,
+    TOKEN_STRIDE: tl.constexpr, H: tl.constexpr, SCALE: tl.constexpr, T: tl.constexpr,
 ):  # fmt: skip
     """Run the op's kernel on tensors whose tokens are TOKEN_STRIDE elements apart and whose tiles are contiguous."""
     # Added to nothing, the constants become values of the type that the kernel computes with.
     nothing = num_tokens * 0
     stride_n = nothing + TOKEN_STRIDE // ALIGN
-    stride_h = nothing + D // ALIGN
+    stride_h = nothing + T.D // ALIGN
     stride_b = num_tokens * (TOKEN_STRIDE // ALIGN)
     subimage_kernel(
         q_ptr, k_ptr, v_ptr, cos_ptr=None, sin_ptr=None, lengths_ptr=None, scale=SCALE, num_tokens=num_tokens,
         max_tokens=num_tokens, num_heads=nothing + H, rope_prefix=0,
         stride_qb=stride_b, stride_qn=stride_n, stride_qh=stride_h,
         stride_kb=stride_b, stride_kn=stride_n, stride_kh=stride_h,
-        stride_vb=stride_b, stride_vn=stride_n, stride_vh=stride_h, out_ptr=out_ptr, lse_ptr=None,
-        D=D, COVER=COVER, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, PEEL=PEEL, MASKED=MASKED, ALIGN=ALIGN,
-        WIDE=False, PACKED=False, CAUSAL=CAUSAL, INTERLEAVED=False,
+        stride_vb=stride_b, stride_vn=stride_n, stride_vh=stride_h, out_ptr=out_ptr, lse_ptr=None, T=T,
     )  # fmt: skip
 
 
@@ -82,5 +97,5 @@ def interval_attention_entry(
         num_keys=num_keys, stride_qb=num_tokens * (H * D // ALIGN), stride_qn=stride_qn, stride_qh=stride_h,
         stride_kn=stride_kn, stride_kh=stride_h, stride_vn=stride_kn, stride_vh=stride_h,
         stride_rb=num_tokens * 2, stride_rt=nothing + 2, stride_re=1, out_ptr=out_ptr, lse_ptr=None,
-        D=D, COVER=COVER, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, GROUP=GROUP, ALIGN=ALIGN, WIDE=False,
+        T=interval_tiling(D, COVER, BLOCK_M, BLOCK_N, GROUP, ALIGN),
     )  # fmt: skip

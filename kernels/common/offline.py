@@ -44,12 +44,17 @@ class Launch:
     kwargs: dict[str, Any]
 
     @property
-    def values(self) -> dict[str, Any]:
+    def arguments(self) -> dict[str, Any]:
         """The arguments by the names of the kernel's parameters."""
         names = (parameter.name for parameter in self.kernel.params)
         return dict(zip(names, self.args, strict=False)) | {
             name: value for name, value in self.kwargs.items() if name not in LAUNCH_OPTIONS
         }
+
+    @property
+    def values(self) -> dict[str, Any]:
+        """The arguments, and the kernel's constants one by one."""
+        return unpacked(self.arguments)
 
     @property
     def options(self) -> dict[str, int]:
@@ -84,7 +89,7 @@ class CompiledKernel:
         name: of the entry function.
         sm: compute capability, 90 for a Hopper.
         parameters: (name, type) of what the launch passes, in order; Triton's scratch pointers are not among them.
-        constants: values compiled in.
+        constants: values compiled in, those of a NamedTuple one by one.
         num_warps: warps of a program; a block has 32 times as many threads.
         shared: dynamic shared memory of a block, bytes.
         ptx: text whose entry takes exactly `parameters`; `assemble` makes a cubin of it.
@@ -97,6 +102,14 @@ class CompiledKernel:
     num_warps: int
     shared: int
     ptx: str
+
+
+def unpacked(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Return arguments by name, with the fields of a NamedTuple of constants in its place."""
+    values: dict[str, Any] = {}
+    for name, value in arguments.items():
+        values |= value._asdict() if hasattr(value, "_asdict") else {name: value}
+    return values
 
 
 @contextmanager
@@ -136,7 +149,7 @@ def specialise(value: Any, fixed: bool) -> tuple[str, Any, bool]:
 
 def source_of(launch: Launch) -> KernelSource:
     """Return what Triton would compile for one recorded launch."""
-    values = launch.values
+    values = launch.arguments
     signature, constants, aligned = {}, {}, set()
     for parameter in launch.kernel.params:
         value = values[parameter.name]
@@ -182,7 +195,7 @@ def compile_source(source: KernelSource, sm: int) -> CompiledKernel:
         name=compiled.metadata.name,
         sm=sm,
         parameters=parameters,
-        constants=source.constants,
+        constants=unpacked(source.constants),
         num_warps=compiled.metadata.num_warps,
         shared=compiled.metadata.shared,
         ptx=_plain_ptx(compiled.asm["ptx"], [kind for _, kind in parameters], sm),

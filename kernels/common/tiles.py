@@ -3,6 +3,9 @@
 A tile is a tuple of blocks ``[rows, width]``, one for each power of two in COVER; the widths add up to at least D, and
 channels past D read as 0. A padded head dim is the cover with one piece. Strides are counted in units of ALIGN
 elements.
+
+A kernel's constants travel as one NamedTuple, T, which each op defines in its ``config.py``; what is here needs D and
+COVER of it. Sizes and strides are no part of it: Triton specialises a tuple's integers whatever `do_not_specialize` says.
 """
 
 from __future__ import annotations
@@ -87,11 +90,11 @@ def load_piece(ptr, o_row, rows_left, D: tl.constexpr, START: tl.constexpr, WIDT
 
 
 @triton.jit
-def load_tile(ptr, o_row, rows_left, D: tl.constexpr, COVER: tl.constexpr, MASKED: tl.constexpr):
+def load_tile(ptr, o_row, rows_left, T: tl.constexpr, MASKED: tl.constexpr):
     """Load consecutive rows from `ptr`; with MASKED those at or past `rows_left` read as 0."""
     tile = ()
-    for i in tl.static_range(len(COVER)):
-        tile += (load_piece(ptr, o_row, rows_left, D, piece_start(COVER, i), piece_width(COVER, i), MASKED),)
+    for i in tl.static_range(len(T.COVER)):
+        tile += (load_piece(ptr, o_row, rows_left, T.D, piece_start(T.COVER, i), piece_width(T.COVER, i), MASKED),)
     return tile
 
 
@@ -104,55 +107,55 @@ def store_piece(ptr, block, o_row, rows_left, D: tl.constexpr, START: tl.constex
 
 
 @triton.jit
-def store_tile(ptr, tile, o_row, rows_left, valid_left, D: tl.constexpr, COVER: tl.constexpr):
+def store_tile(ptr, tile, o_row, rows_left, valid_left, T: tl.constexpr):
     """Store the first `rows_left` rows; those at or past `valid_left` become 0."""
     m_valid = tl.arange(0, o_row.shape[0])[:, None] < valid_left
-    for i in tl.static_range(len(COVER)):
+    for i in tl.static_range(len(T.COVER)):
         block = tl.where(m_valid, tile[i], 0.0)
-        store_piece(ptr, block, o_row, rows_left, D, piece_start(COVER, i), piece_width(COVER, i))
+        store_piece(ptr, block, o_row, rows_left, T.D, piece_start(T.COVER, i), piece_width(T.COVER, i))
 
 
 @triton.jit
-def load_rows(ptr, o_row, m_row, D: tl.constexpr, COVER: tl.constexpr):
+def load_rows(ptr, o_row, m_row, T: tl.constexpr):
     """Load the rows at offsets `o_row` ``[rows, 1]``; those where `m_row` ``[rows]`` is false read as 0."""
     tile = ()
-    for i in tl.static_range(len(COVER)):
-        o_d = piece_start(COVER, i) + tl.arange(0, piece_width(COVER, i))[None, :]
-        tile += (tl.load(ptr + o_row + o_d, mask=m_row[:, None] & (o_d < D), other=0.0),)
+    for i in tl.static_range(len(T.COVER)):
+        o_d = piece_start(T.COVER, i) + tl.arange(0, piece_width(T.COVER, i))[None, :]
+        tile += (tl.load(ptr + o_row + o_d, mask=m_row[:, None] & (o_d < T.D), other=0.0),)
     return tile
 
 
 @triton.jit
-def store_rows(ptr, tile, o_row, m_row, D: tl.constexpr, COVER: tl.constexpr):
+def store_rows(ptr, tile, o_row, m_row, T: tl.constexpr):
     """Store the rows where `m_row` is true, in the dtype behind `ptr`."""
-    for i in tl.static_range(len(COVER)):
-        o_d = piece_start(COVER, i) + tl.arange(0, piece_width(COVER, i))[None, :]
-        tl.store(ptr + o_row + o_d, tile[i].to(ptr.dtype.element_ty), mask=m_row[:, None] & (o_d < D))
+    for i in tl.static_range(len(T.COVER)):
+        o_d = piece_start(T.COVER, i) + tl.arange(0, piece_width(T.COVER, i))[None, :]
+        tl.store(ptr + o_row + o_d, tile[i].to(ptr.dtype.element_ty), mask=m_row[:, None] & (o_d < T.D))
 
 
 @triton.jit
-def zero_tile(ROWS: tl.constexpr, COVER: tl.constexpr):
+def zero_tile(ROWS: tl.constexpr, T: tl.constexpr):
     """Return an fp32 accumulator of zeros."""
     tile = ()
-    for i in tl.static_range(len(COVER)):
-        tile += (tl.zeros([ROWS, piece_width(COVER, i)], tl.float32),)
+    for i in tl.static_range(len(T.COVER)):
+        tile += (tl.zeros([ROWS, piece_width(T.COVER, i)], tl.float32),)
     return tile
 
 
 @triton.jit
-def scores_of(a, b, COVER: tl.constexpr):
+def scores_of(a, b):
     """Return ``a @ b^T`` in fp32, ``[rows of a, rows of b]``."""
     total = tl.dot(a[0], tl.trans(b[0]), input_precision="ieee")
-    for i in tl.static_range(1, len(COVER)):
+    for i in tl.static_range(1, len(a)):
         total = tl.dot(a[i], tl.trans(b[i]), total, input_precision="ieee")
     return total
 
 
 @triton.jit
-def add_product(acc, weights, tile, COVER: tl.constexpr):
+def add_product(acc, weights, tile):
     """Return ``acc + weights @ tile``; the weights are rounded to the tile's dtype."""
     result = ()
-    for i in tl.static_range(len(COVER)):
+    for i in tl.static_range(len(tile)):
         result += (tl.dot(weights.to(tile[i].dtype), tile[i], acc[i], input_precision="ieee"),)
     return result
 
@@ -160,7 +163,7 @@ def add_product(acc, weights, tile, COVER: tl.constexpr):
 @triton.jit
 def attend_scores(
     acc, m, total, scores, v_ptr, o_value, keys_left, scale_log2,
-    D: tl.constexpr, COVER: tl.constexpr, MASKED: tl.constexpr, EMPTY_ROWS: tl.constexpr,
+    T: tl.constexpr, MASKED: tl.constexpr, EMPTY_ROWS: tl.constexpr,
 ):  # fmt: skip
     """One step of the online softmax in base 2: ``[rows, keys]`` of scores, -inf where hidden, and the keys' values.
 
@@ -174,42 +177,42 @@ def attend_scores(
         m_finite = tl.where(m_new == float("-inf"), 0.0, m_new)
     p = tl.exp2(scores * scale_log2 - m_finite[:, None])
     alpha = tl.exp2(m - m_finite)
-    v = load_tile(v_ptr, o_value, keys_left, D, COVER, MASKED)
-    acc = add_product(scale_tile(acc, alpha[:, None], COVER), p, v, COVER)
+    v = load_tile(v_ptr, o_value, keys_left, T, MASKED)
+    acc = add_product(scale_tile(acc, alpha[:, None]), p, v)
     return acc, m_new, total * alpha + tl.sum(p, axis=1)
 
 
 @triton.jit
-def row_products(tile, row, COVER: tl.constexpr):
+def row_products(tile, row):
     """Return the dot product of every row of `tile` with the only row of `row`, fp32 ``[rows]``; no tensor cores."""
     total = tl.sum(tile[0].to(tl.float32) * row[0].to(tl.float32), axis=1)
-    for i in tl.static_range(1, len(COVER)):
+    for i in tl.static_range(1, len(tile)):
         total += tl.sum(tile[i].to(tl.float32) * row[i].to(tl.float32), axis=1)
     return total
 
 
 @triton.jit
-def outer_product(weights, row, COVER: tl.constexpr):
+def outer_product(weights, row):
     """Return ``weights [rows]`` times the only row of `row`, fp32."""
     result = ()
-    for i in tl.static_range(len(COVER)):
+    for i in tl.static_range(len(row)):
         result += (weights[:, None] * row[i].to(tl.float32),)
     return result
 
 
 @triton.jit
-def add_weighted_rows(acc, weights, tile, COVER: tl.constexpr):
+def add_weighted_rows(acc, weights, tile):
     """Return ``acc + weights [rows] @ tile`` as a tile with one row, without tensor cores."""
     result = ()
-    for i in tl.static_range(len(COVER)):
+    for i in tl.static_range(len(tile)):
         result += (acc[i] + tl.sum(weights[:, None] * tile[i].to(tl.float32), axis=0)[None, :],)
     return result
 
 
 @triton.jit
-def scale_tile(tile, factor, COVER: tl.constexpr):
+def scale_tile(tile, factor):
     """Return `tile` times `factor`, a number or ``[rows, 1]``."""
     result = ()
-    for i in tl.static_range(len(COVER)):
+    for i in tl.static_range(len(tile)):
         result += (tile[i] * factor,)
     return result

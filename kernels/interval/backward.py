@@ -16,7 +16,8 @@ import torch
 import triton
 import triton.language as tl
 
-from infimm_fast.kernels.common.delta import DELTA_ROWS, delta_kernel
+from infimm_fast.kernels.common.delta import Tiling as DeltaTiling
+from infimm_fast.kernels.common.delta import launch_delta
 from infimm_fast.kernels.common.launch import (
     LaunchConfig,
     capability,
@@ -40,7 +41,7 @@ from infimm_fast.kernels.common.tiles import (
     store_tile,
     zero_tile,
 )
-from infimm_fast.kernels.interval.config import choose_config
+from infimm_fast.kernels.interval.config import Tiling, choose_config
 from infimm_fast.kernels.interval.options import Options
 from infimm_fast.kernels.interval.tiles import (
     hull_of,
@@ -65,17 +66,17 @@ def load_statistics(lse_ptr, delta_ptr, token, member, visible, num_tokens):
 @triton.jit
 def add_keys(
     dq, q, grad, lse, delta, k_ptr, v_ptr, o_key, o_value, start, count, first_key, last_key, scale_log2,
-    D: tl.constexpr, COVER: tl.constexpr, BLOCK_N: tl.constexpr,
+    T: tl.constexpr,
 ):  # fmt: skip
     """Add the share of BLOCK_N keys to dq."""
-    k = load_tile(k_ptr, o_key, last_key - first_key, D, COVER, True)  # [BLOCK_N, D]
-    v = load_tile(v_ptr, o_value, last_key - first_key, D, COVER, True)
-    key = first_key + tl.arange(0, BLOCK_N)
+    k = load_tile(k_ptr, o_key, last_key - first_key, T, True)  # [BLOCK_N, D]
+    v = load_tile(v_ptr, o_value, last_key - first_key, T, True)
+    key = first_key + tl.arange(0, T.BLOCK_N)
     # The exponential of a key that is not seen may overflow: drop it before it meets a product.
-    p = tl.exp2(scores_of(q, k, COVER) * scale_log2 - lse[:, None])  # [BLOCK_M, BLOCK_N]
+    p = tl.exp2(scores_of(q, k) * scale_log2 - lse[:, None])  # [BLOCK_M, BLOCK_N]
     p = tl.where(sees(key[None, :], start[:, None], count[:, None]), p, 0.0)
-    ds = p * (scores_of(grad, v, COVER) - delta[:, None])
-    return add_product(dq, ds, k, COVER)
+    ds = p * (scores_of(grad, v) - delta[:, None])
+    return add_product(dq, ds, k)
 
 
 @triton.jit(do_not_specialize=UNSPECIALISED)
@@ -83,45 +84,42 @@ def query_kernel(
     q_ptr, k_ptr, v_ptr, range_ptr, grad_ptr, lse_ptr, delta_ptr, scale, num_batches, num_tokens, num_kv_heads, num_keys,
     stride_qb, stride_qn, stride_qh, stride_gb, stride_gn, stride_gh, stride_kn, stride_kh, stride_vn, stride_vh, stride_rb,
     stride_rt, stride_re,
-    dq_ptr,
-    D: tl.constexpr, COVER: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr,
-    ALIGN: tl.constexpr, WIDE: tl.constexpr,
+    dq_ptr, T: tl.constexpr,
 ):  # fmt: skip
     """Compute dq, contiguous, of BLOCK_M rows of one KV head."""
-    num_rows = num_tokens * GROUP
-    num_heads = num_kv_heads * GROUP
-    num_tiles = tl.cdiv(num_rows, BLOCK_M)
+    num_rows = num_tokens * T.GROUP
+    num_heads = num_kv_heads * T.GROUP
+    num_tiles = tl.cdiv(num_rows, T.BLOCK_M)
     tile = tl.program_id(0) % num_tiles
     kv_head = tl.program_id(0) // num_tiles % num_kv_heads
     batch = tl.program_id(0) // num_tiles // num_kv_heads
     zero = batch * 0
 
-    token, member, inside = row_index(tile * BLOCK_M, num_rows, BLOCK_M, GROUP)
+    token, member, inside = row_index(tile * T.BLOCK_M, num_rows, T.BLOCK_M, T.GROUP)
     start, count = load_intervals(range_ptr, batch, token, inside, num_keys, stride_rb, stride_rt, stride_re)
     low, high = hull_of(start, count, num_keys)
-    q_ptr = head_start(q_ptr, batch, kv_head * GROUP, zero, stride_qb, stride_qn, stride_qh, ALIGN)
-    grad_ptr = head_start(grad_ptr, batch, kv_head * GROUP, zero, stride_gb, stride_gn, stride_gh, ALIGN)
-    q = load_rows(q_ptr, query_offsets(token, member, stride_qn, stride_qh, ALIGN, WIDE), count > 0, D, COVER)
-    grad = load_rows(grad_ptr, query_offsets(token, member, stride_gn, stride_gh, ALIGN, WIDE), count > 0, D, COVER)
-    statistics = (batch.to(tl.int64) * num_heads + kv_head * GROUP) * num_tokens
+    q_ptr = head_start(q_ptr, batch, kv_head * T.GROUP, zero, stride_qb, stride_qn, stride_qh, T.ALIGN)
+    grad_ptr = head_start(grad_ptr, batch, kv_head * T.GROUP, zero, stride_gb, stride_gn, stride_gh, T.ALIGN)
+    q = load_rows(q_ptr, query_offsets(token, member, stride_qn, stride_qh, T.ALIGN, T.WIDE), count > 0, T)
+    grad = load_rows(grad_ptr, query_offsets(token, member, stride_gn, stride_gh, T.ALIGN, T.WIDE), count > 0, T)
+    statistics = (batch.to(tl.int64) * num_heads + kv_head * T.GROUP) * num_tokens
     lse, delta = load_statistics(lse_ptr + statistics, delta_ptr + statistics, token, member, count > 0, num_tokens)
 
-    k_ptr = head_start(k_ptr, zero, kv_head, zero, 0, stride_kn, stride_kh, ALIGN)
-    v_ptr = head_start(v_ptr, zero, kv_head, zero, 0, stride_vn, stride_vh, ALIGN)
-    step_k = stride_kn.to(tl.int64) * ALIGN
-    step_v = stride_vn.to(tl.int64) * ALIGN
-    o_key = row_offsets(BLOCK_N, stride_kn, ALIGN, WIDE)  # [BLOCK_N, 1]
-    o_value = row_offsets(BLOCK_N, stride_vn, ALIGN, WIDE)
-    dq = zero_tile(BLOCK_M, COVER)
-    for first_key in range(low, high, BLOCK_N):
+    k_ptr = head_start(k_ptr, zero, kv_head, zero, 0, stride_kn, stride_kh, T.ALIGN)
+    v_ptr = head_start(v_ptr, zero, kv_head, zero, 0, stride_vn, stride_vh, T.ALIGN)
+    step_k = stride_kn.to(tl.int64) * T.ALIGN
+    step_v = stride_vn.to(tl.int64) * T.ALIGN
+    o_key = row_offsets(T.BLOCK_N, stride_kn, T.ALIGN, T.WIDE)  # [BLOCK_N, 1]
+    o_value = row_offsets(T.BLOCK_N, stride_vn, T.ALIGN, T.WIDE)
+    dq = zero_tile(T.BLOCK_M, T)
+    for first_key in range(low, high, T.BLOCK_N):
         dq = add_keys(
             dq, q, grad, lse, delta, k_ptr + first_key * step_k, v_ptr + first_key * step_v, o_key, o_value=o_value,
-            start=start, count=count, first_key=first_key, last_key=high, scale_log2=scale * LOG2_E, D=D, COVER=COVER,
-            BLOCK_N=BLOCK_N,
+            start=start, count=count, first_key=first_key, last_key=high, scale_log2=scale * LOG2_E, T=T,
         )  # fmt: skip
-    dq_ptr += (batch.to(tl.int64) * num_tokens * num_heads + kv_head * GROUP) * D
-    dq = scale_tile(dq, scale, COVER)
-    store_rows(dq_ptr, dq, query_offsets(token, member, num_heads * D, D, 1, WIDE), inside, D, COVER)
+    dq_ptr += (batch.to(tl.int64) * num_tokens * num_heads + kv_head * T.GROUP) * T.D
+    dq = scale_tile(dq, scale)
+    store_rows(dq_ptr, dq, query_offsets(token, member, num_heads * T.D, T.D, 1, T.WIDE), inside, T)
 
 
 @triton.jit
@@ -144,20 +142,19 @@ def touching_tokens(
 def add_rows(
     dk, dv, k, v, q_ptr, grad_ptr, range_ptr, lse_ptr, delta_ptr, batch, key, first_row, num_tokens, num_keys, scale_log2,
     stride_qn, stride_qh, stride_gn, stride_gh, stride_rb, stride_rt, stride_re,
-    D: tl.constexpr, COVER: tl.constexpr, BLOCK_M: tl.constexpr, GROUP: tl.constexpr, ALIGN: tl.constexpr,
-    WIDE: tl.constexpr,
+    T: tl.constexpr,
 ):  # fmt: skip
     """Add the share of BLOCK_M rows to dk and dv; everything is transposed, ``[keys, rows]``."""
-    token, member, inside = row_index(first_row, num_tokens * GROUP, BLOCK_M, GROUP)
+    token, member, inside = row_index(first_row, num_tokens * T.GROUP, T.BLOCK_M, T.GROUP)
     start, count = load_intervals(range_ptr, batch, token, inside, num_keys, stride_rb, stride_rt, stride_re)
-    q = load_rows(q_ptr, query_offsets(token, member, stride_qn, stride_qh, ALIGN, WIDE), count > 0, D, COVER)
+    q = load_rows(q_ptr, query_offsets(token, member, stride_qn, stride_qh, T.ALIGN, T.WIDE), count > 0, T)
     lse, delta = load_statistics(lse_ptr, delta_ptr, token, member, count > 0, num_tokens)
-    p = tl.exp2(scores_of(k, q, COVER) * scale_log2 - lse[None, :])  # [BLOCK_N, BLOCK_M]
+    p = tl.exp2(scores_of(k, q) * scale_log2 - lse[None, :])  # [BLOCK_N, BLOCK_M]
     p = tl.where(sees(key[:, None], start[None, :], count[None, :]), p, 0.0)
-    grad = load_rows(grad_ptr, query_offsets(token, member, stride_gn, stride_gh, ALIGN, WIDE), count > 0, D, COVER)
-    dv = add_product(dv, p, grad, COVER)
-    ds = p * (scores_of(v, grad, COVER) - delta[None, :])
-    return add_product(dk, ds, q, COVER), dv
+    grad = load_rows(grad_ptr, query_offsets(token, member, stride_gn, stride_gh, T.ALIGN, T.WIDE), count > 0, T)
+    dv = add_product(dv, p, grad)
+    ds = p * (scores_of(v, grad) - delta[None, :])
+    return add_product(dk, ds, q), dv
 
 
 @triton.jit(do_not_specialize=UNSPECIALISED)
@@ -165,48 +162,45 @@ def key_value_kernel(
     q_ptr, k_ptr, v_ptr, range_ptr, grad_ptr, lse_ptr, delta_ptr, scale, num_batches, num_tokens, num_kv_heads, num_keys,
     stride_qb, stride_qn, stride_qh, stride_gb, stride_gn, stride_gh, stride_kn, stride_kh, stride_vn, stride_vh, stride_rb,
     stride_rt, stride_re,
-    dk_ptr, dv_ptr,
-    D: tl.constexpr, COVER: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr,
-    ALIGN: tl.constexpr, WIDE: tl.constexpr, SCAN: tl.constexpr,
+    dk_ptr, dv_ptr, T: tl.constexpr, SCAN: tl.constexpr,
 ):  # fmt: skip
     """Compute dk and dv, contiguous, of BLOCK_N keys of one KV head."""
     # Heads are neighbours: they read the same intervals.
     kv_head = tl.program_id(0) % num_kv_heads
     block = tl.program_id(0) // num_kv_heads
     zero = block * 0
-    first_key = block * BLOCK_N
-    last_key = tl.minimum(first_key + BLOCK_N, num_keys)
+    first_key = block * T.BLOCK_N
+    last_key = tl.minimum(first_key + T.BLOCK_N, num_keys)
     keys_left = num_keys - first_key
-    key = first_key + tl.arange(0, BLOCK_N)
-    num_heads = num_kv_heads * GROUP
-    k_ptr = head_start(k_ptr, zero, kv_head, first_key, 0, stride_kn, stride_kh, ALIGN)
-    v_ptr = head_start(v_ptr, zero, kv_head, first_key, 0, stride_vn, stride_vh, ALIGN)
-    k = load_tile(k_ptr, row_offsets(BLOCK_N, stride_kn, ALIGN, WIDE), keys_left, D, COVER, True)  # [BLOCK_N, D]
-    v = load_tile(v_ptr, row_offsets(BLOCK_N, stride_vn, ALIGN, WIDE), keys_left, D, COVER, True)
-    dk = zero_tile(BLOCK_N, COVER)
-    dv = zero_tile(BLOCK_N, COVER)
+    key = first_key + tl.arange(0, T.BLOCK_N)
+    num_heads = num_kv_heads * T.GROUP
+    k_ptr = head_start(k_ptr, zero, kv_head, first_key, 0, stride_kn, stride_kh, T.ALIGN)
+    v_ptr = head_start(v_ptr, zero, kv_head, first_key, 0, stride_vn, stride_vh, T.ALIGN)
+    k = load_tile(k_ptr, row_offsets(T.BLOCK_N, stride_kn, T.ALIGN, T.WIDE), keys_left, T, True)  # [BLOCK_N, D]
+    v = load_tile(v_ptr, row_offsets(T.BLOCK_N, stride_vn, T.ALIGN, T.WIDE), keys_left, T, True)
+    dk = zero_tile(T.BLOCK_N, T)
+    dv = zero_tile(T.BLOCK_N, T)
     for batch_index in range(0, num_batches):
         batch = zero + batch_index
         first, last = touching_tokens(
             range_ptr, batch, first_key, last_key, num_tokens, num_keys, stride_rb, stride_rt, stride_re=stride_re,
             SCAN=SCAN,
         )  # fmt: skip
-        row_q = head_start(q_ptr, batch, kv_head * GROUP, zero, stride_qb, stride_qn, stride_qh, ALIGN)
-        row_grad = head_start(grad_ptr, batch, kv_head * GROUP, zero, stride_gb, stride_gn, stride_gh, ALIGN)
-        statistics = (batch.to(tl.int64) * num_heads + kv_head * GROUP) * num_tokens
-        for first_row in range(first * GROUP, last * GROUP, BLOCK_M):
+        row_q = head_start(q_ptr, batch, kv_head * T.GROUP, zero, stride_qb, stride_qn, stride_qh, T.ALIGN)
+        row_grad = head_start(grad_ptr, batch, kv_head * T.GROUP, zero, stride_gb, stride_gn, stride_gh, T.ALIGN)
+        statistics = (batch.to(tl.int64) * num_heads + kv_head * T.GROUP) * num_tokens
+        for first_row in range(first * T.GROUP, last * T.GROUP, T.BLOCK_M):
             dk, dv = add_rows(
                 dk, dv, k, v, row_q, row_grad, range_ptr, lse_ptr + statistics, delta_ptr=delta_ptr + statistics,
-                batch=batch, key=key, first_row=first_row, num_tokens=num_tokens, num_keys=num_keys, scale_log2=scale
-                * LOG2_E, stride_qn=stride_qn, stride_qh=stride_qh, stride_gn=stride_gn, stride_gh=stride_gh,
-                stride_rb=stride_rb, stride_rt=stride_rt, stride_re=stride_re, D=D, COVER=COVER, BLOCK_M=BLOCK_M,
-                GROUP=GROUP, ALIGN=ALIGN, WIDE=WIDE,
+                batch=batch, key=key, first_row=first_row, num_tokens=num_tokens, num_keys=num_keys,
+                scale_log2=scale * LOG2_E, stride_qn=stride_qn, stride_qh=stride_qh, stride_gn=stride_gn,
+                stride_gh=stride_gh, stride_rb=stride_rb, stride_rt=stride_rt, stride_re=stride_re, T=T,
             )  # fmt: skip
-    dk_ptr = head_start(dk_ptr, zero, kv_head, first_key, 0, num_kv_heads * D, D, 1)
-    dv_ptr = head_start(dv_ptr, zero, kv_head, first_key, 0, num_kv_heads * D, D, 1)
-    o_out = row_offsets(BLOCK_N, num_kv_heads * D, 1, WIDE)
-    store_tile(dk_ptr, scale_tile(dk, scale, COVER), o_out, keys_left, keys_left, D, COVER)
-    store_tile(dv_ptr, dv, o_out, keys_left, keys_left, D, COVER)
+    dk_ptr = head_start(dk_ptr, zero, kv_head, first_key, 0, num_kv_heads * T.D, T.D, 1)
+    dv_ptr = head_start(dv_ptr, zero, kv_head, first_key, 0, num_kv_heads * T.D, T.D, 1)
+    o_out = row_offsets(T.BLOCK_N, num_kv_heads * T.D, 1, T.WIDE)
+    store_tile(dk_ptr, scale_tile(dk, scale), o_out, keys_left, keys_left, T)
+    store_tile(dv_ptr, dv, o_out, keys_left, keys_left, T)
 
 
 def launch_backward(
@@ -251,30 +245,21 @@ def launch_backward(
     config_kv = config_kv or choose_config("backward_kv", **choose, capability=capability(q))
     config_q = config_q or choose_config("backward_q", **choose, capability=capability(q))
     align = common_alignment(q, k, v, grad, out)
-    blocks = max(config_kv.block_n, config_q.block_n)
-    shared = {
-        "D": head_dim,
-        "ALIGN": align,
-        "WIDE": rows_are_wide(tokens, q, grad, out) or rows_are_wide(blocks, k, v),
-    }
+    wide = rows_are_wide(tokens, q, grad, out) or rows_are_wide(max(config_kv.block_n, config_q.block_n), k, v)
 
-    delta = torch.empty_like(lse)
+    def tiling(config: LaunchConfig) -> Tiling:
+        return Tiling(head_dim, config.cover, config.block_m, config.block_n, group, align, wide)
+
     key_strides = [*unit_strides(align, k)[1:], *unit_strides(align, v)[1:]]
     with device_guard(q):
-        delta_kernel[(triton.cdiv(tokens, DELTA_ROWS) * heads * batch,)](
-            out, grad, None, tokens, tokens, heads, *unit_strides(align, out, grad), delta,
-            COVER=config_q.cover, BLOCK_M=DELTA_ROWS, PACKED=False, num_warps=4, **shared,
-        )  # fmt: skip
+        of_delta = DeltaTiling(head_dim, config_q.cover, align, wide)
+        delta = launch_delta(out, grad, of_delta, sequences=batch, max_tokens=tokens)
         inputs: tuple[Any, ...] = (q, k, v, kv_range, grad, lse, delta, options.scale, batch, tokens, kv_heads, keys)
         inputs += (*unit_strides(align, q, grad), *key_strides, *kv_range.stride())
         query_kernel[(triton.cdiv(tokens * group, config_q.block_m) * kv_heads * batch,)](
-            *inputs, dq, GROUP=group, **_constants(config_q), **shared
+            *inputs, dq, tiling(config_q), **config_q.options()
         )
         if keys:
             key_value_kernel[(triton.cdiv(keys, config_kv.block_n) * kv_heads,)](
-                *inputs, dk, dv, GROUP=group, SCAN=SCAN_TOKENS, **_constants(config_kv), **shared
+                *inputs, dk, dv, tiling(config_kv), SCAN=SCAN_TOKENS, **config_kv.options()
             )
-
-
-def _constants(config: LaunchConfig) -> dict[str, Any]:
-    return {"COVER": config.cover, "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, **config.options()}

@@ -7,6 +7,7 @@ None of the rows has been timed. Those for 16 bits are large shapes that compile
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -82,6 +83,28 @@ _ROWS_32 = {
 }
 # A prompt shorter than half a tile.
 _ROW_SHORT = Row(128, 64, 32, 4, 2)
+
+
+class Tiling(NamedTuple):
+    """What is compiled into a kernel that multiplies matrices.
+
+    Attributes:
+        D: head dim.
+        COVER: see `LaunchConfig`, and so are BLOCK_M and BLOCK_N.
+        BLOCK_M: see COVER.
+        BLOCK_N: see COVER.
+        GROUP: query heads of a KV head.
+        ALIGN: elements in a unit of the strides.
+        WIDE: offsets inside a tile, or inside a batch row of queries, can pass 2^31.
+    """
+
+    D: int
+    COVER: tuple[int, ...]
+    BLOCK_M: int
+    BLOCK_N: int
+    GROUP: int
+    ALIGN: int
+    WIDE: bool
 
 
 @dataclass(frozen=True)

@@ -41,6 +41,7 @@ from infimm_fast.kernels.interval.config import (
     MIN_BLOCKS_PER_UNIT,
     PLAN_ROWS,
     Split,
+    Tiling,
 )
 from infimm_fast.kernels.interval.options import Options
 from infimm_fast.kernels.interval.tiles import attend_keys, hull_of, load_intervals
@@ -145,9 +146,7 @@ def find_unit(plan_ptr, unit, rows_per_batch, BLOCK_M: tl.constexpr, ROWS: tl.co
 def decode_kernel(
     q_ptr, k_ptr, v_ptr, range_ptr, plan_ptr, scale, num_batches, num_tokens, num_kv_heads, num_keys, num_units, num_splits,
     stride_qb, stride_qn, stride_qh, stride_kn, stride_kh, stride_vn, stride_vh, stride_rb, stride_rt, stride_re,
-    part_ptr, part_lse_ptr,
-    D: tl.constexpr, COVER: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr,
-    ALIGN: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr,
+    part_ptr, part_lse_ptr, T: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """One unit and KV head; without a plan, one batch row in `num_splits` splits. Writes ``[splits, B, T, Hq, D]``."""
     # Heads vary fastest. The heads of a token lie side by side, but tokens far apart: with all blocks' K and V out of one
@@ -155,10 +154,10 @@ def decode_kernel(
     # programs that run at the same time read the rest of it.
     kv_head = tl.program_id(0) % num_kv_heads
     unit = tl.program_id(0) // num_kv_heads
-    rows_per_batch = num_tokens * GROUP
+    rows_per_batch = num_tokens * T.GROUP
     if plan_ptr is None:
-        tiles = tl.cdiv(rows_per_batch, BLOCK_M)
-        row = unit % tiles * BLOCK_M + tl.arange(0, BLOCK_M)
+        tiles = tl.cdiv(rows_per_batch, T.BLOCK_M)
+        row = unit % tiles * T.BLOCK_M + tl.arange(0, T.BLOCK_M)
         split = unit // tiles
         splits = num_splits
         inside = row < rows_per_batch
@@ -166,32 +165,31 @@ def decode_kernel(
     else:
         plan_ptr += unit // num_units * FIELDS * ROWS
         first, num_rows, tile, split, splits, low, high = find_unit(
-            plan_ptr, unit % num_units, rows_per_batch, BLOCK_M, ROWS
+            plan_ptr, unit % num_units, rows_per_batch, T.BLOCK_M, ROWS
         )
         if num_rows == 0:
             return
-        row = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+        row = tile * T.BLOCK_M + tl.arange(0, T.BLOCK_M)
         inside = row < num_rows
         batch = tl.load(plan_ptr + ORDER * ROWS + first + row // rows_per_batch, mask=inside, other=0)  # [BLOCK_M]
-    token = row % rows_per_batch // GROUP
-    head = kv_head * GROUP + row % GROUP
+    token = row % rows_per_batch // T.GROUP
+    head = kv_head * T.GROUP + row % T.GROUP
     start, count = load_intervals(range_ptr, batch, token, inside, num_keys, stride_rb, stride_rt, stride_re)
     if plan_ptr is None:
         low, high = hull_of(start, count, num_keys)
-    share = tl.cdiv(tl.cdiv(high - low, BLOCK_N), splits) * BLOCK_N
+    share = tl.cdiv(tl.cdiv(high - low, T.BLOCK_N), splits) * T.BLOCK_N
     first_key = low + split * share
     last_key = tl.minimum(first_key + share, high)
 
     o_query = batch.to(tl.int64) * stride_qb + token.to(tl.int64) * stride_qn + head.to(tl.int64) * stride_qh
-    q = load_rows(q_ptr, (o_query * ALIGN)[:, None], count > 0, D, COVER)  # [BLOCK_M, D]
-    k_ptr = head_start(k_ptr, unit * 0, kv_head, unit * 0, 0, stride_kn, stride_kh, ALIGN)
-    v_ptr = head_start(v_ptr, unit * 0, kv_head, unit * 0, 0, stride_vn, stride_vh, ALIGN)
+    q = load_rows(q_ptr, (o_query * T.ALIGN)[:, None], count > 0, T)  # [BLOCK_M, D]
+    k_ptr = head_start(k_ptr, unit * 0, kv_head, unit * 0, 0, stride_kn, stride_kh, T.ALIGN)
+    v_ptr = head_start(v_ptr, unit * 0, kv_head, unit * 0, 0, stride_vn, stride_vh, T.ALIGN)
     part, part_lse = attend_keys(
-        q, k_ptr, v_ptr, start, count, first_key, last_key, stride_kn, stride_vn=stride_vn, scale=scale, D=D,
-        COVER=COVER, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, ALIGN=ALIGN, WIDE=WIDE,
-    )  # fmt: skip
-    index = ((split.to(tl.int64) * num_batches + batch) * num_tokens + token) * (num_kv_heads * GROUP) + head
-    store_rows(part_ptr, part, (index * D)[:, None], inside, D, COVER)
+        q, k_ptr, v_ptr, start, count, first_key, last_key, stride_kn, stride_vn=stride_vn, scale=scale, T=T
+    )
+    index = ((split.to(tl.int64) * num_batches + batch) * num_tokens + token) * (num_kv_heads * T.GROUP) + head
+    store_rows(part_ptr, part, (index * T.D)[:, None], inside, T)
     tl.store(part_lse_ptr + index, part_lse, mask=inside)
 
 
@@ -257,6 +255,8 @@ def launch_decode(
     strides = [*unit_strides(align, q), *unit_strides(align, k)[1:], *unit_strides(align, v)[1:]]
     part = torch.empty((split.splits, *out.shape), dtype=torch.float32, device=q.device)
     part_lse = torch.empty(part.shape[:-1], dtype=torch.float32, device=q.device)
+    wide = rows_are_wide(config.block_n, k, v)
+    tiling = Tiling(head_dim, config.cover, config.block_m, config.block_n, group, align, wide)
     plan = None
     with device_guard(q):
         if batch > 1:
@@ -268,9 +268,7 @@ def launch_decode(
             )  # fmt: skip
         decode_kernel[(chunks * split.units * kv_heads,)](
             q, k, v, kv_range, plan, options.scale, batch, tokens, kv_heads, keys, split.units, split.splits, *strides,
-            *kv_range.stride(), part, part_lse,
-            D=head_dim, COVER=config.cover, BLOCK_M=config.block_m, BLOCK_N=config.block_n, GROUP=group, ALIGN=align,
-            WIDE=rows_are_wide(config.block_n, k, v), ROWS=PLAN_ROWS, **config.options(),
+            *kv_range.stride(), part, part_lse, tiling, ROWS=PLAN_ROWS, **config.options(),
         )  # fmt: skip
         combine_kernel[(lse.numel(),)](
             part, part_lse, plan, lse.numel(), tokens, heads, out, lse,

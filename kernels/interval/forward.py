@@ -21,7 +21,7 @@ from infimm_fast.kernels.common.launch import (
     unit_strides,
 )
 from infimm_fast.kernels.common.tiles import UNSPECIALISED, head_start, load_rows, store_rows
-from infimm_fast.kernels.interval.config import DECODE_TOKENS, choose_config, choose_split
+from infimm_fast.kernels.interval.config import DECODE_TOKENS, Tiling, choose_config, choose_split
 from infimm_fast.kernels.interval.decode import launch_decode
 from infimm_fast.kernels.interval.options import Options
 from infimm_fast.kernels.interval.tiles import (
@@ -37,35 +37,30 @@ from infimm_fast.kernels.interval.tiles import (
 def forward_kernel(
     q_ptr, k_ptr, v_ptr, range_ptr, scale, num_tokens, num_kv_heads, num_keys,
     stride_qb, stride_qn, stride_qh, stride_kn, stride_kh, stride_vn, stride_vh, stride_rb, stride_rt, stride_re,
-    out_ptr, lse_ptr,
-    D: tl.constexpr, COVER: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr,
-    ALIGN: tl.constexpr, WIDE: tl.constexpr,
+    out_ptr, lse_ptr, T: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_M rows of one batch row and KV head over their whole hull."""
-    num_rows = num_tokens * GROUP
-    num_tiles = tl.cdiv(num_rows, BLOCK_M)
+    num_rows = num_tokens * T.GROUP
+    num_tiles = tl.cdiv(num_rows, T.BLOCK_M)
     # Tiles of one head are neighbours, so that they share its keys and values in L2.
     tile = tl.program_id(0) % num_tiles
     kv_head = tl.program_id(0) // num_tiles % num_kv_heads
     batch = tl.program_id(0) // num_tiles // num_kv_heads
 
-    token, member, inside = row_index(tile * BLOCK_M, num_rows, BLOCK_M, GROUP)
+    token, member, inside = row_index(tile * T.BLOCK_M, num_rows, T.BLOCK_M, T.GROUP)
     start, count = load_intervals(range_ptr, batch, token, inside, num_keys, stride_rb, stride_rt, stride_re)
     low, high = hull_of(start, count, num_keys)
-    q_ptr = head_start(q_ptr, batch, kv_head * GROUP, batch * 0, stride_qb, stride_qn, stride_qh, ALIGN)
-    o_query = query_offsets(token, member, stride_qn, stride_qh, ALIGN, WIDE)
-    q = load_rows(q_ptr, o_query, count > 0, D, COVER)  # [BLOCK_M, D]
-    k_ptr = head_start(k_ptr, batch * 0, kv_head, batch * 0, 0, stride_kn, stride_kh, ALIGN)
-    v_ptr = head_start(v_ptr, batch * 0, kv_head, batch * 0, 0, stride_vn, stride_vh, ALIGN)
-    out, lse = attend_keys(
-        q, k_ptr, v_ptr, start, count, low, high, stride_kn, stride_vn=stride_vn, scale=scale, D=D, COVER=COVER,
-        BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, ALIGN=ALIGN, WIDE=WIDE,
-    )  # fmt: skip
-    num_heads = num_kv_heads * GROUP
-    out_ptr += (batch.to(tl.int64) * num_tokens * num_heads + kv_head * GROUP) * D
-    store_rows(out_ptr, out, query_offsets(token, member, num_heads * D, D, 1, WIDE), inside, D, COVER)
+    q_ptr = head_start(q_ptr, batch, kv_head * T.GROUP, batch * 0, stride_qb, stride_qn, stride_qh, T.ALIGN)
+    o_query = query_offsets(token, member, stride_qn, stride_qh, T.ALIGN, T.WIDE)
+    q = load_rows(q_ptr, o_query, count > 0, T)  # [BLOCK_M, D]
+    k_ptr = head_start(k_ptr, batch * 0, kv_head, batch * 0, 0, stride_kn, stride_kh, T.ALIGN)
+    v_ptr = head_start(v_ptr, batch * 0, kv_head, batch * 0, 0, stride_vn, stride_vh, T.ALIGN)
+    out, lse = attend_keys(q, k_ptr, v_ptr, start, count, low, high, stride_kn, stride_vn=stride_vn, scale=scale, T=T)
+    num_heads = num_kv_heads * T.GROUP
+    out_ptr += (batch.to(tl.int64) * num_tokens * num_heads + kv_head * T.GROUP) * T.D
+    store_rows(out_ptr, out, query_offsets(token, member, num_heads * T.D, T.D, 1, T.WIDE), inside, T)
     if lse_ptr is not None:
-        lse_ptr += (batch.to(tl.int64) * num_heads + kv_head * GROUP) * num_tokens
+        lse_ptr += (batch.to(tl.int64) * num_heads + kv_head * T.GROUP) * num_tokens
         tl.store(lse_ptr + member * num_tokens + token, lse, mask=inside)
 
 
@@ -108,10 +103,11 @@ def launch_forward(
         return out, lse
     align = common_alignment(q, k, v)
     strides = [*unit_strides(align, q), *unit_strides(align, k)[1:], *unit_strides(align, v)[1:]]
+    wide = rows_are_wide(tokens, q, out) or rows_are_wide(config.block_n, k, v)
+    tiling = Tiling(head_dim, config.cover, config.block_m, config.block_n, group, align, wide)
     with device_guard(q):
         forward_kernel[(triton.cdiv(tokens * group, config.block_m) * kv_heads * batch,)](
-            q, k, v, kv_range, options.scale, tokens, kv_heads, keys, *strides, *kv_range.stride(), out, lse,
-            D=head_dim, COVER=config.cover, BLOCK_M=config.block_m, BLOCK_N=config.block_n, GROUP=group, ALIGN=align,
-            WIDE=rows_are_wide(tokens, q, out) or rows_are_wide(config.block_n, k, v), **config.options(),
+            q, k, v, kv_range, options.scale, tokens, kv_heads, keys, *strides, *kv_range.stride(), out, lse, tiling,
+            **config.options(),
         )  # fmt: skip
     return out, lse

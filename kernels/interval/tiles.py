@@ -67,45 +67,38 @@ def sees(key, start, count):
 @triton.jit
 def attend_block(
     q, acc, m, total, k_ptr, v_ptr, o_key, o_value, start, count, first_key, last_key, scale_log2,
-    D: tl.constexpr, COVER: tl.constexpr, BLOCK_N: tl.constexpr,
+    T: tl.constexpr,
 ):  # fmt: skip
     """One step of the online softmax over BLOCK_N keys; each row sees those of its own interval."""
-    k = load_tile(k_ptr, o_key, last_key - first_key, D, COVER, True)  # [BLOCK_N, D]
-    key = first_key + tl.arange(0, BLOCK_N)
+    k = load_tile(k_ptr, o_key, last_key - first_key, T, True)  # [BLOCK_N, D]
+    key = first_key + tl.arange(0, T.BLOCK_N)
     visible = sees(key[None, :], start[:, None], count[:, None])
-    scores = tl.where(visible, scores_of(q, k, COVER), float("-inf"))  # [BLOCK_M, BLOCK_N]
+    scores = tl.where(visible, scores_of(q, k), float("-inf"))  # [BLOCK_M, BLOCK_N]
     return attend_scores(
-        acc, m, total, scores, v_ptr, o_value, last_key - first_key, scale_log2, D=D, COVER=COVER, MASKED=True,
-        EMPTY_ROWS=True,
-    )  # fmt: skip
+        acc, m, total, scores, v_ptr, o_value, last_key - first_key, scale_log2, T=T, MASKED=True, EMPTY_ROWS=True
+    )
 
 
 @triton.jit
-def attend_keys(
-    q, k_ptr, v_ptr, start, count, first_key, last_key,
-    stride_kn, stride_vn,
-    scale,
-    D: tl.constexpr, COVER: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ALIGN: tl.constexpr,
-    WIDE: tl.constexpr,
-):  # fmt: skip
+def attend_keys(q, k_ptr, v_ptr, start, count, first_key, last_key, stride_kn, stride_vn, scale, T: tl.constexpr):
     """Return the output ``[BLOCK_M, D]`` and log-sum-exp of queries over the keys ``[first_key, last_key)`` of one head.
 
     k_ptr and v_ptr point at the head's key 0. Each query sees the keys of its own interval only; one that sees none has
     output 0 and log-sum-exp -inf.
     """
-    step_k = stride_kn.to(tl.int64) * ALIGN
-    step_v = stride_vn.to(tl.int64) * ALIGN
-    o_key = row_offsets(BLOCK_N, stride_kn, ALIGN, WIDE)  # [BLOCK_N, 1]
-    o_value = row_offsets(BLOCK_N, stride_vn, ALIGN, WIDE)
+    step_k = stride_kn.to(tl.int64) * T.ALIGN
+    step_v = stride_vn.to(tl.int64) * T.ALIGN
+    o_key = row_offsets(T.BLOCK_N, stride_kn, T.ALIGN, T.WIDE)  # [BLOCK_N, 1]
+    o_value = row_offsets(T.BLOCK_N, stride_vn, T.ALIGN, T.WIDE)
     scale_log2 = scale * LOG2_E
-    m = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK_M], tl.float32)
-    acc = zero_tile(BLOCK_M, COVER)
-    for key in range(first_key, last_key, BLOCK_N):
+    m = tl.full([T.BLOCK_M], float("-inf"), tl.float32)
+    total = tl.full([T.BLOCK_M], 0.0, tl.float32)
+    acc = zero_tile(T.BLOCK_M, T)
+    for key in range(first_key, last_key, T.BLOCK_N):
         acc, m, total = attend_block(
             q, acc, m, total, k_ptr + key * step_k, v_ptr + key * step_v, o_key, o_value, start=start, count=count,
-            first_key=key, last_key=last_key, scale_log2=scale_log2, D=D, COVER=COVER, BLOCK_N=BLOCK_N,
+            first_key=key, last_key=last_key, scale_log2=scale_log2, T=T,
         )  # fmt: skip
     # A row that has seen nothing has a maximum of -inf and an accumulator of 0.
     total = tl.where(total > 0, total, 1.0)
-    return scale_tile(acc, (1.0 / total)[:, None], COVER), (m + tl.log2(total)) * LN_2
+    return scale_tile(acc, (1.0 / total)[:, None]), (m + tl.log2(total)) * LN_2

@@ -13,7 +13,7 @@ import triton.language as tl
 
 from infimm_fast.kernels.common.launch import LaunchConfig, common_alignment, device_guard
 from infimm_fast.kernels.common.tiles import UNSPECIALISED, load_rows, store_rows, zero_tile
-from infimm_fast.kernels.residual.config import choose_config, rows_of_programs
+from infimm_fast.kernels.residual.config import Tiling, choose_config, rows_of_programs
 from infimm_fast.kernels.residual.forward import as_rows, row_strides
 from infimm_fast.kernels.residual.options import Gradients, Options
 from infimm_fast.kernels.residual.tiles import (
@@ -38,38 +38,37 @@ def backward_kernel(
     grad_ptr, grad_normed_ptr, y_ptr, gate_ptr, keep_ptr, weight_ptr, out_ptr, eps, num_rows, rows_per_batch,
     rows_per_program,
     stride_gb, stride_gn, stride_nb, stride_nn, stride_yb, stride_yn,
-    dx_ptr, dy_ptr, partial_ptr,
-    C: tl.constexpr, COVER: tl.constexpr, BLOCK_M: tl.constexpr, GATE_STRIDE: tl.constexpr, ALIGN: tl.constexpr,
+    dx_ptr, dy_ptr, partial_ptr, T: tl.constexpr,
 ):  # fmt: skip
     """Compute dy, with a weight also dx, and this program's share of the gradients of gate, weight and bias."""
     first = tl.program_id(0) * rows_per_program
     last = tl.minimum(first + rows_per_program, num_rows)
-    slope = load_slope(gate_ptr, C, COVER, GATE_STRIDE)  # [1, C]
-    dgate = zero_tile(BLOCK_M, COVER)
+    slope = load_slope(gate_ptr, T)  # [1, C]
+    dgate = zero_tile(T.BLOCK_M, T)
     if weight_ptr is not None:
-        dweight = zero_tile(BLOCK_M, COVER)
-        dbias = zero_tile(BLOCK_M, COVER)
-    for start in range(first, last, BLOCK_M):
-        row, m_row, keep = locate_rows(start, last, rows_per_batch, keep_ptr, BLOCK_M)
-        y = load_rows(y_ptr, input_offsets(row, rows_per_batch, stride_yb, stride_yn, ALIGN), keep != 0, C, COVER)
-        grad = load_rows(grad_ptr, input_offsets(row, rows_per_batch, stride_gb, stride_gn, ALIGN), m_row, C, COVER)
+        dweight = zero_tile(T.BLOCK_M, T)
+        dbias = zero_tile(T.BLOCK_M, T)
+    for start in range(first, last, T.BLOCK_M):
+        row, m_row, keep = locate_rows(start, last, rows_per_batch, keep_ptr, T.BLOCK_M)
+        y = load_rows(y_ptr, input_offsets(row, rows_per_batch, stride_yb, stride_yn, T.ALIGN), keep != 0, T)
+        grad = load_rows(grad_ptr, input_offsets(row, rows_per_batch, stride_gb, stride_gn, T.ALIGN), m_row, T)
         if weight_ptr is not None:
-            o_normed = input_offsets(row, rows_per_batch, stride_nb, stride_nn, ALIGN)
-            grad_normed = load_rows(grad_normed_ptr, o_normed, m_row, C, COVER)  # [BLOCK_M, C]
-            out = load_rows(out_ptr, output_offsets(row, C), m_row, C, COVER)
-            weight = load_channels(weight_ptr, C, COVER, 1)  # [1, C]
-            normal, rstd = normalise(out, eps, C, COVER)
-            grad = add_norm_gradient(grad, grad_normed, normal, rstd, weight, C, COVER)
-            store_rows(dx_ptr, grad, output_offsets(row, C), m_row, C, COVER)
-            dweight = add_products(dweight, grad_normed, normal, COVER)
-            dbias = add_tiles(dbias, grad_normed, COVER)
-        grad = keep_rows(grad, keep, COVER)
-        store_rows(dy_ptr, multiply(grad, slope, COVER), output_offsets(row, C), m_row, C, COVER)
-        dgate = add_products(dgate, grad, y, COVER)
-    store_partial(partial_ptr, 0, scale_by_derivative(dgate, slope, COVER), C, COVER)
+            o_normed = input_offsets(row, rows_per_batch, stride_nb, stride_nn, T.ALIGN)
+            grad_normed = load_rows(grad_normed_ptr, o_normed, m_row, T)  # [BLOCK_M, C]
+            out = load_rows(out_ptr, output_offsets(row, T.D), m_row, T)
+            weight = load_channels(weight_ptr, T, 1)  # [1, C]
+            normal, rstd = normalise(out, eps, T)
+            grad = add_norm_gradient(grad, grad_normed, normal, rstd, weight, T)
+            store_rows(dx_ptr, grad, output_offsets(row, T.D), m_row, T)
+            dweight = add_products(dweight, grad_normed, normal)
+            dbias = add_tiles(dbias, grad_normed)
+        grad = keep_rows(grad, keep)
+        store_rows(dy_ptr, multiply(grad, slope), output_offsets(row, T.D), m_row, T)
+        dgate = add_products(dgate, grad, y)
+    store_partial(partial_ptr, 0, scale_by_derivative(dgate, slope), T)
     if weight_ptr is not None:
-        store_partial(partial_ptr, 1, dweight, C, COVER)
-        store_partial(partial_ptr, 2, dbias, C, COVER)
+        store_partial(partial_ptr, 1, dweight, T)
+        store_partial(partial_ptr, 2, dbias, T)
 
 
 def launch_backward(
@@ -114,12 +113,12 @@ def launch_backward(
     programs, share = rows_of_programs("backward", rows, config.block_m)
     partials = torch.empty((len(sums), programs, channels), dtype=torch.float32, device=y.device)
     align = common_alignment(grad, grad_normed, y)
+    tiling = Tiling(channels, config.cover, config.block_m, GATE_STRIDE=int(gate.shape[0] > 1), ALIGN=align)
     with device_guard(y):
         backward_kernel[(programs,)](
             grad, grad_normed, y, gate.contiguous(), None if keep is None else keep.contiguous(),
             None if norm_weight is None else norm_weight.contiguous(), out, options.norm_eps, rows, y.shape[1], share,
-            *row_strides(align, grad, grad_normed, y), dx, dy, partials,
-            C=channels, COVER=config.cover, BLOCK_M=config.block_m, GATE_STRIDE=int(gate.shape[0] > 1), ALIGN=align,
+            *row_strides(align, grad, grad_normed, y), dx, dy, partials, tiling,
             **config.options(),
         )  # fmt: skip
     for target, total in zip(sums, partials.sum(1), strict=True):

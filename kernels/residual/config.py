@@ -6,6 +6,8 @@ width is a multiple of 8; the words say what the compiled code shows with triton
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from infimm_fast.kernels.common.checks import KernelArgumentError
 from infimm_fast.kernels.common.configs import cover_of
 from infimm_fast.kernels.common.launch import LaunchConfig
@@ -21,6 +23,24 @@ MAX_PROGRAMS = {"forward": 2048, "backward": 256}
 # LayerNorm's backward holds three fp32 sums beside its row: from 6144 on it spills in fp32 on compute capability 12.0 (33
 # instructions), at 8192 everywhere (at most 58 in 16 bits and 195 in fp32).
 _ROWS = ((512, 4, 4), (1024, 2, 4), (2048, 1, 4), (6144, 1, 8), (MAX_CHANNELS, 1, 16))
+
+
+class Tiling(NamedTuple):
+    """What is compiled into a kernel.
+
+    Attributes:
+        D: channels, C elsewhere.
+        COVER: see `LaunchConfig`, and so is BLOCK_M.
+        BLOCK_M: see COVER.
+        GATE_STRIDE: 1 for a gate for each channel, 0 for one gate.
+        ALIGN: elements in a unit of the strides.
+    """
+
+    D: int
+    COVER: tuple[int, ...]
+    BLOCK_M: int
+    GATE_STRIDE: int
+    ALIGN: int
 
 
 def choose_config(channels: int) -> LaunchConfig:

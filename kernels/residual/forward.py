@@ -18,7 +18,7 @@ from infimm_fast.kernels.common.launch import (
     rows_contiguous,
 )
 from infimm_fast.kernels.common.tiles import UNSPECIALISED, load_rows, store_rows
-from infimm_fast.kernels.residual.config import choose_config, rows_of_programs
+from infimm_fast.kernels.residual.config import Tiling, choose_config, rows_of_programs
 from infimm_fast.kernels.residual.options import Options
 from infimm_fast.kernels.residual.tiles import (
     add_gated,
@@ -36,25 +36,24 @@ from infimm_fast.kernels.residual.tiles import (
 def forward_kernel(
     x_ptr, y_ptr, gate_ptr, keep_ptr, weight_ptr, bias_ptr, eps, num_rows, rows_per_batch, rows_per_program,
     stride_xb, stride_xn, stride_yb, stride_yn,
-    out_ptr, normed_ptr,
-    C: tl.constexpr, COVER: tl.constexpr, BLOCK_M: tl.constexpr, GATE_STRIDE: tl.constexpr, ALIGN: tl.constexpr,
+    out_ptr, normed_ptr, T: tl.constexpr,
 ):  # fmt: skip
     """``out = x + keep * tanh(gate) * y`` and, if there is a weight, its LayerNorm; both contiguous."""
     first = tl.program_id(0) * rows_per_program
     last = tl.minimum(first + rows_per_program, num_rows)
-    slope = load_slope(gate_ptr, C, COVER, GATE_STRIDE)  # [1, C]
-    for start in range(first, last, BLOCK_M):
-        row, m_row, keep = locate_rows(start, last, rows_per_batch, keep_ptr, BLOCK_M)
-        x = load_rows(x_ptr, input_offsets(row, rows_per_batch, stride_xb, stride_xn, ALIGN), m_row, C, COVER)
-        y = load_rows(y_ptr, input_offsets(row, rows_per_batch, stride_yb, stride_yn, ALIGN), keep != 0, C, COVER)
-        out = add_gated(x, y, slope, keep, COVER)  # [BLOCK_M, C]
-        store_rows(out_ptr, out, output_offsets(row, C), m_row, C, COVER)
+    slope = load_slope(gate_ptr, T)  # [1, C]
+    for start in range(first, last, T.BLOCK_M):
+        row, m_row, keep = locate_rows(start, last, rows_per_batch, keep_ptr, T.BLOCK_M)
+        x = load_rows(x_ptr, input_offsets(row, rows_per_batch, stride_xb, stride_xn, T.ALIGN), m_row, T)
+        y = load_rows(y_ptr, input_offsets(row, rows_per_batch, stride_yb, stride_yn, T.ALIGN), keep != 0, T)
+        out = add_gated(x, y, slope, keep)  # [BLOCK_M, C]
+        store_rows(out_ptr, out, output_offsets(row, T.D), m_row, T)
         if weight_ptr is not None:
-            normal, _ = normalise(out, eps, C, COVER)
-            weight = load_channels(weight_ptr, C, COVER, 1)  # [1, C]
-            bias = load_channels(bias_ptr, C, COVER, 1)
-            normed = apply_affine(normal, weight, bias, COVER)
-            store_rows(normed_ptr, normed, output_offsets(row, C), m_row, C, COVER)
+            normal, _ = normalise(out, eps, T)
+            weight = load_channels(weight_ptr, T, 1)  # [1, C]
+            bias = load_channels(bias_ptr, T, 1)
+            normed = apply_affine(normal, weight, bias)
+            store_rows(normed_ptr, normed, output_offsets(row, T.D), m_row, T)
 
 
 def as_rows(tensor: torch.Tensor) -> torch.Tensor:
@@ -104,13 +103,12 @@ def launch_forward(
     rows = x.shape[0] * x.shape[1]
     programs, share = rows_of_programs("forward", rows, config.block_m)
     align = common_alignment(x, y)
+    tiling = Tiling(channels, config.cover, config.block_m, GATE_STRIDE=int(gate.shape[0] > 1), ALIGN=align)
     with device_guard(x):
         forward_kernel[(programs,)](
             x, y, gate.contiguous(), None if keep is None else keep.contiguous(),
             None if norm_weight is None else norm_weight.contiguous(),
             None if norm_bias is None else norm_bias.contiguous(), options.norm_eps, rows, x.shape[1], share,
-            *row_strides(align, x, y), out, normed,
-            C=channels, COVER=config.cover, BLOCK_M=config.block_m, GATE_STRIDE=int(gate.shape[0] > 1), ALIGN=align,
-            **config.options(),
+            *row_strides(align, x, y), out, normed, tiling, **config.options(),
         )  # fmt: skip
     return out, normed

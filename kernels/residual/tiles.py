@@ -38,12 +38,12 @@ def output_offsets(row, C: tl.constexpr):
 
 
 @triton.jit
-def load_channels(ptr, C: tl.constexpr, COVER: tl.constexpr, STRIDE: tl.constexpr):
+def load_channels(ptr, T: tl.constexpr, STRIDE: tl.constexpr):
     """Load one vector as a tile with one row, fp32; a stride of 0 repeats its first element."""
     tile = ()
-    for i in tl.static_range(len(COVER)):
-        o_c = piece_start(COVER, i) + tl.arange(0, piece_width(COVER, i))[None, :]
-        tile += (tl.load(ptr + o_c * STRIDE, mask=o_c < C, other=0.0).to(tl.float32),)
+    for i in tl.static_range(len(T.COVER)):
+        o_c = piece_start(T.COVER, i) + tl.arange(0, piece_width(T.COVER, i))[None, :]
+        tile += (tl.load(ptr + o_c * STRIDE, mask=o_c < T.D, other=0.0).to(tl.float32),)
     return tile
 
 
@@ -62,43 +62,43 @@ def tanh(x):
 
 
 @triton.jit
-def load_slope(gate_ptr, C: tl.constexpr, COVER: tl.constexpr, GATE_STRIDE: tl.constexpr):
+def load_slope(gate_ptr, T: tl.constexpr):
     """Return ``tanh(gate)`` as a tile with one row, fp32."""
-    gate = load_channels(gate_ptr, C, COVER, GATE_STRIDE)
+    gate = load_channels(gate_ptr, T, T.GATE_STRIDE)
     slope = ()
-    for i in tl.static_range(len(COVER)):
+    for i in tl.static_range(len(T.COVER)):
         slope += (tanh(gate[i]),)
     return slope
 
 
 @triton.jit
-def normalise(tile, eps, C: tl.constexpr, COVER: tl.constexpr):
+def normalise(tile, eps, T: tl.constexpr):
     """Return every row with mean 0 and variance 1, fp32, and the factor ``[rows]`` that gave it variance 1."""
     total = tl.sum(tile[0].to(tl.float32), axis=1)
-    for i in tl.static_range(1, len(COVER)):
+    for i in tl.static_range(1, len(T.COVER)):
         total += tl.sum(tile[i].to(tl.float32), axis=1)
-    mean = total / C
+    mean = total / T.D
     square = mean * 0.0
     centred = ()
-    for i in tl.static_range(len(COVER)):
+    for i in tl.static_range(len(T.COVER)):
         block = tile[i].to(tl.float32) - mean[:, None]
-        if piece_start(COVER, i) + piece_width(COVER, i) > C:
-            o_c = piece_start(COVER, i) + tl.arange(0, piece_width(COVER, i))[None, :]
-            block = tl.where(o_c < C, block, 0.0)
+        if piece_start(T.COVER, i) + piece_width(T.COVER, i) > T.D:
+            o_c = piece_start(T.COVER, i) + tl.arange(0, piece_width(T.COVER, i))[None, :]
+            block = tl.where(o_c < T.D, block, 0.0)
         square += tl.sum(block * block, axis=1)
         centred += (block,)
-    rstd = 1.0 / tl.sqrt(square / C + eps)
+    rstd = 1.0 / tl.sqrt(square / T.D + eps)
     normal = ()
-    for i in tl.static_range(len(COVER)):
+    for i in tl.static_range(len(T.COVER)):
         normal += (centred[i] * rstd[:, None],)
     return normal, rstd
 
 
 @triton.jit
-def add_gated(x, y, slope, keep, COVER: tl.constexpr):
+def add_gated(x, y, slope, keep):
     """Return ``x + keep * slope * y`` in the dtype of x; rows that are not kept are x to the bit."""
     out = ()
-    for i in tl.static_range(len(COVER)):
+    for i in tl.static_range(len(x)):
         wide = x[i].to(tl.float32)
         moved = wide + keep[:, None] * slope[i] * y[i].to(tl.float32)
         out += (tl.where(keep[:, None] != 0, moved, wide).to(x[i].dtype),)
@@ -106,25 +106,25 @@ def add_gated(x, y, slope, keep, COVER: tl.constexpr):
 
 
 @triton.jit
-def apply_affine(normal, weight, bias, COVER: tl.constexpr):
+def apply_affine(normal, weight, bias):
     """Return ``normal * weight + bias``."""
     result = ()
-    for i in tl.static_range(len(COVER)):
+    for i in tl.static_range(len(normal)):
         result += (normal[i] * weight[i] + bias[i],)
     return result
 
 
 @triton.jit
-def add_norm_gradient(grad, grad_normed, normal, rstd, weight, C: tl.constexpr, COVER: tl.constexpr):
+def add_norm_gradient(grad, grad_normed, normal, rstd, weight, T: tl.constexpr):
     """Return `grad` plus the gradient that reaches the LayerNorm's input, fp32."""
     mean_grad = rstd * 0.0
     mean_product = rstd * 0.0
-    for i in tl.static_range(len(COVER)):
+    for i in tl.static_range(len(T.COVER)):
         scaled = grad_normed[i].to(tl.float32) * weight[i]
-        mean_grad += tl.sum(scaled, axis=1) / C
-        mean_product += tl.sum(scaled * normal[i], axis=1) / C
+        mean_grad += tl.sum(scaled, axis=1) / T.D
+        mean_product += tl.sum(scaled * normal[i], axis=1) / T.D
     result = ()
-    for i in tl.static_range(len(COVER)):
+    for i in tl.static_range(len(T.COVER)):
         scaled = grad_normed[i].to(tl.float32) * weight[i]
         through = scaled - mean_grad[:, None] - normal[i] * mean_product[:, None]
         result += (grad[i].to(tl.float32) + through * rstd[:, None],)
@@ -132,54 +132,54 @@ def add_norm_gradient(grad, grad_normed, normal, rstd, weight, C: tl.constexpr, 
 
 
 @triton.jit
-def keep_rows(grad, keep, COVER: tl.constexpr):
+def keep_rows(grad, keep):
     """Return ``keep * grad`` in fp32, 0 in rows that are not kept."""
     result = ()
-    for i in tl.static_range(len(COVER)):
+    for i in tl.static_range(len(grad)):
         result += (tl.where(keep[:, None] != 0, keep[:, None] * grad[i].to(tl.float32), 0.0),)
     return result
 
 
 @triton.jit
-def multiply(a, b, COVER: tl.constexpr):
+def multiply(a, b):
     """Return ``a * b``."""
     result = ()
-    for i in tl.static_range(len(COVER)):
+    for i in tl.static_range(len(a)):
         result += (a[i] * b[i],)
     return result
 
 
 @triton.jit
-def scale_by_derivative(dgate, slope, COVER: tl.constexpr):
+def scale_by_derivative(dgate, slope):
     """Return `dgate` times the derivative of tanh, ``1 - slope^2``."""
     result = ()
-    for i in tl.static_range(len(COVER)):
+    for i in tl.static_range(len(dgate)):
         result += (dgate[i] * (1.0 - slope[i] * slope[i]),)
     return result
 
 
 @triton.jit
-def add_products(acc, a, b, COVER: tl.constexpr):
+def add_products(acc, a, b):
     """Return ``acc + a * b``."""
     result = ()
-    for i in tl.static_range(len(COVER)):
+    for i in tl.static_range(len(acc)):
         result += (acc[i] + a[i].to(tl.float32) * b[i].to(tl.float32),)
     return result
 
 
 @triton.jit
-def add_tiles(acc, tile, COVER: tl.constexpr):
+def add_tiles(acc, tile):
     """Return ``acc + tile``."""
     result = ()
-    for i in tl.static_range(len(COVER)):
+    for i in tl.static_range(len(acc)):
         result += (acc[i] + tile[i].to(tl.float32),)
     return result
 
 
 @triton.jit
-def store_partial(ptr, kind: tl.constexpr, acc, C: tl.constexpr, COVER: tl.constexpr):
+def store_partial(ptr, kind: tl.constexpr, acc, T: tl.constexpr):
     """Store the sum over the rows of `acc` as this program's row of ``[kinds, programs, C]``."""
-    ptr += (tl.num_programs(0) * kind + tl.program_id(0)).to(tl.int64) * C
-    for i in tl.static_range(len(COVER)):
-        o_c = piece_start(COVER, i) + tl.arange(0, piece_width(COVER, i))
-        tl.store(ptr + o_c, tl.sum(acc[i], axis=0), mask=o_c < C)
+    ptr += (tl.num_programs(0) * kind + tl.program_id(0)).to(tl.int64) * T.D
+    for i in tl.static_range(len(T.COVER)):
+        o_c = piece_start(T.COVER, i) + tl.arange(0, piece_width(T.COVER, i))
+        tl.store(ptr + o_c, tl.sum(acc[i], axis=0), mask=o_c < T.D)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import triton
 
-from infimm_fast.kernels.common.delta import DELTA_ROWS, delta_kernel
+from infimm_fast.kernels.common.delta import DELTA_ROWS, Tiling, launch_delta
 from infimm_fast.kernels.common.launch import (
     LaunchConfig,
     capability,
@@ -18,7 +18,7 @@ from infimm_fast.kernels.common.launch import (
     unit_strides,
 )
 from infimm_fast.kernels.subimage.backward_kernels import key_value_kernel, query_kernel
-from infimm_fast.kernels.subimage.config import choose_config
+from infimm_fast.kernels.subimage.config import choose_config, tiling_of
 from infimm_fast.kernels.subimage.options import Options
 from infimm_fast.kernels.subimage.rotate import contiguous_tables, launch_rotate, rotated
 
@@ -62,51 +62,30 @@ def launch_backward(
         # Rows outside every packed sequence belong to no program.
         for gradient in gradients:
             gradient.zero_()
-    delta = torch.empty_like(lse)
     choose: dict[str, Any] = {"head_dim": head_dim, "dtype": q.dtype, "max_len": max_tokens, "capability": capability(q)}
     config_kv = config_kv or choose_config("backward_kv", **choose, peel=lengths is None)
     config_q = config_q or choose_config("backward_q", **choose, peel=lengths is None)
     align = common_alignment(q, k, v, grad, out, dq, dk, dv)
     largest = max(config_kv.block_m, config_kv.block_n, config_q.block_m, config_q.block_n, DELTA_ROWS)
-    shared: dict[str, Any] = {
-        "D": head_dim,
-        "ALIGN": align,
-        "WIDE": rows_are_wide(largest, *(q, k, v, grad, out, dq, dk, dv)),
-        "PACKED": options.packed,
-    }
+    wide = rows_are_wide(largest, *(q, k, v, grad, out, dq, dk, dv))
+    rows: dict[str, Any] = {"head_dim": head_dim, "align": align, "wide": wide}
+    tiling_kv = tiling_of(config_kv, options, max_tokens, config_kv.block_m, **rows)
+    tiling_q = tiling_of(config_q, options, max_tokens, config_q.block_n, **rows)
+    sequences = options.sequences(batch)
 
-    def grid(block: int, peel: bool) -> tuple[int]:
-        return ((triton.cdiv(max_tokens - peel, block) + peel) * heads * options.sequences(batch),)
+    def grid(block: int, peel: int) -> tuple[int]:
+        return ((triton.cdiv(max_tokens - peel, block) + peel) * heads * sequences,)
 
-    def masked(block: int, peel: bool) -> bool:
-        return options.is_causal or lengths is not None or (max_tokens - peel) % block != 0
-
-    sizes = (tokens, max_tokens, heads)
     with device_guard(q):
-        delta_kernel[grid(DELTA_ROWS, False)](
-            out, grad, lengths, *sizes, *unit_strides(align, out, grad), delta,
-            COVER=config_q.cover, BLOCK_M=DELTA_ROWS, num_warps=4, **shared,
-        )  # fmt: skip
-        inputs = (q, k, v, grad, lse, delta, lengths, options.scale, *sizes)
-        key_value_kernel[grid(config_kv.block_n, config_kv.peel)](
-            *inputs, *unit_strides(align, q, k, v, grad, dk, dv), dk, dv,
-            MASKED=masked(config_kv.block_m, config_kv.peel), **_constants(config_kv, options.is_causal), **shared,
-        )  # fmt: skip
-        query_kernel[grid(config_q.block_m, config_q.peel)](
-            *inputs, *unit_strides(align, q, k, v, grad, dq), dq,
-            MASKED=masked(config_q.block_n, config_q.peel), **_constants(config_q, options.is_causal), **shared,
-        )  # fmt: skip
+        of_delta = Tiling(head_dim, config_q.cover, align, wide, options.packed)
+        delta = launch_delta(out, grad, of_delta, sequences=sequences, max_tokens=max_tokens, lengths=lengths)
+        inputs = (q, k, v, grad, lse, delta, lengths, options.scale, tokens, max_tokens, heads)
+        key_value_kernel[grid(config_kv.block_n, tiling_kv.PEEL)](
+            *inputs, *unit_strides(align, q, k, v, grad, dk, dv), dk, dv, tiling_kv, **config_kv.options()
+        )
+        query_kernel[grid(config_q.block_m, tiling_q.PEEL)](
+            *inputs, *unit_strides(align, q, k, v, grad, dq), dq, tiling_q, **config_q.options()
+        )
     if options.rope_cos is not None:
         for x in (dq, dk):
             launch_rotate(x, options, out=x, transpose=True)
-
-
-def _constants(config: LaunchConfig, is_causal: bool) -> dict[str, Any]:
-    return {
-        "COVER": config.cover,
-        "BLOCK_M": config.block_m,
-        "BLOCK_N": config.block_n,
-        "PEEL": int(config.peel),
-        "CAUSAL": is_causal,
-        **config.options(),
-    }

@@ -7,15 +7,77 @@ timed yet; a row that has says so.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 
 from infimm_fast.kernels.common.configs import Row, architecture_of, cover_of
 from infimm_fast.kernels.common.launch import LaunchConfig
+from infimm_fast.kernels.subimage.options import Options
 
 HEAD_DIMS = (64, 72, 80, 88, 96, 104, 112, 128)
 KERNELS = ("forward", "backward_kv", "backward_q")
 # Forwards over at most this many tokens (windows of 8 x 8 patches, small crops) use the narrow rows.
 SHORT = 64
+
+
+class Tiling(NamedTuple):
+    """What is compiled into an attention kernel.
+
+    Attributes:
+        D: head dim.
+        COVER: see `LaunchConfig`, and so are BLOCK_M and BLOCK_N.
+        BLOCK_M: see COVER.
+        BLOCK_N: see COVER.
+        PEEL: 1 if the first token is taken out of the tiles, else 0.
+        MASKED: blocks of the loop are masked, since the last one can be incomplete or a mask runs through them.
+        ALIGN: elements in a unit of the strides.
+        WIDE: offsets inside a tile can pass 2^31.
+        PACKED: tokens are sequences end to end.
+        CAUSAL: a token sees no later one.
+        INTERLEAVED: see `reference.rotate_pairs`; where queries are rotated.
+    """
+
+    D: int
+    COVER: tuple[int, ...]
+    BLOCK_M: int
+    BLOCK_N: int
+    PEEL: int
+    MASKED: bool
+    ALIGN: int
+    WIDE: bool
+    PACKED: bool = False
+    CAUSAL: bool = False
+    INTERLEAVED: bool = False
+
+
+def tiling_of(
+    config: LaunchConfig, options: Options, max_tokens: int, looped: int, *, head_dim: int, align: int, wide: bool
+) -> Tiling:
+    """Return the constants of one kernel.
+
+    Args:
+        config: tiles.
+        options: the operator's.
+        max_tokens: of the longest sequence.
+        looped: tokens of a block of the kernel's loop.
+        head_dim: D.
+        align: see `Tiling`, and so is `wide`.
+        wide: see `align`.
+    """
+    incomplete = options.lengths is not None or (max_tokens - config.peel) % looped != 0
+    return Tiling(
+        D=head_dim,
+        COVER=config.cover,
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
+        PEEL=int(config.peel),
+        MASKED=options.is_causal or incomplete,
+        ALIGN=align,
+        WIDE=wide,
+        PACKED=options.packed,
+        CAUSAL=options.is_causal,
+    )
 
 
 # (head dim up to, BLOCK_M, BLOCK_N, warps, stages, register cap) by kernel and architecture. None is measured; the

@@ -42,46 +42,43 @@ from infimm_fast.kernels.common.tiles import (
     store_tile,
     zero_tile,
 )
-from infimm_fast.kernels.subimage.config import choose_config
+from infimm_fast.kernels.subimage.config import choose_config, tiling_of
 from infimm_fast.kernels.subimage.options import Options
 from infimm_fast.kernels.subimage.rotate import contiguous_tables, rotate_tile, rotated
 
 
 @triton.jit
 def attend_block(
-    q, acc, m, total, k_ptr, v_ptr, o_key, o_value, query_index, key_start, length, scale_log2,
-    D: tl.constexpr, COVER: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr, CAUSAL: tl.constexpr,
+    q, acc, m, total, k_ptr, v_ptr, o_key, o_value, query_index, key_start, length, scale_log2, T: tl.constexpr
 ):  # fmt: skip
     """One step of the online softmax over BLOCK_N keys; without MASKED all of them are visible to every query."""
-    k = load_tile(k_ptr, o_key, length - key_start, D, COVER, MASKED)  # [BLOCK_N, D]
-    scores = scores_of(q, k, COVER)  # [BLOCK_M, BLOCK_N]
-    if MASKED:
-        key_index = key_start + tl.arange(0, BLOCK_N)[None, :]
+    k = load_tile(k_ptr, o_key, length - key_start, T, T.MASKED)  # [BLOCK_N, D]
+    scores = scores_of(q, k)  # [BLOCK_M, BLOCK_N]
+    if T.MASKED:
+        key_index = key_start + tl.arange(0, T.BLOCK_N)[None, :]
         visible = key_index < length
-        if CAUSAL:
+        if T.CAUSAL:
             visible = visible & (key_index <= query_index[:, None])
         scores = tl.where(visible, scores, float("-inf"))
     return attend_scores(
-        acc, m, total, scores, v_ptr, o_value, length - key_start, scale_log2, D=D, COVER=COVER, MASKED=MASKED,
-        EMPTY_ROWS=False,
-    )  # fmt: skip
+        acc, m, total, scores, v_ptr, o_value, length - key_start, scale_log2, T=T, MASKED=T.MASKED, EMPTY_ROWS=False
+    )
 
 
 @triton.jit
 def attend_first_query(
-    q, acc, m, total, k_ptr, v_ptr, step_k, step_v, o_key, o_value, length, scale_log2,
-    D: tl.constexpr, COVER: tl.constexpr, BLOCK_N: tl.constexpr,
+    q, acc, m, total, k_ptr, v_ptr, step_k, step_v, o_key, o_value, length, scale_log2, T: tl.constexpr
 ):  # fmt: skip
     """The online softmax of one query over keys 1, 2, ... on plain fp32 arithmetic."""
-    for start in range(1, length, BLOCK_N):
-        k = load_tile(k_ptr + start * step_k, o_key, length - start, D, COVER, True)  # [BLOCK_N, D]
-        visible = start + tl.arange(0, BLOCK_N) < length
-        scores = tl.where(visible, row_products(k, q, COVER) * scale_log2, float("-inf"))  # [BLOCK_N]
+    for start in range(1, length, T.BLOCK_N):
+        k = load_tile(k_ptr + start * step_k, o_key, length - start, T, True)  # [BLOCK_N, D]
+        visible = start + tl.arange(0, T.BLOCK_N) < length
+        scores = tl.where(visible, row_products(k, q) * scale_log2, float("-inf"))  # [BLOCK_N]
         m_new = tl.maximum(m, tl.max(scores, axis=0))
         p = tl.exp2(scores - m_new)
         alpha = tl.exp2(m - m_new)
-        v = load_tile(v_ptr + start * step_v, o_value, length - start, D, COVER, True)
-        acc = add_weighted_rows(scale_tile(acc, alpha, COVER), p, v, COVER)
+        v = load_tile(v_ptr + start * step_v, o_value, length - start, T, True)
+        acc = add_weighted_rows(scale_tile(acc, alpha), p, v)
         total = total * alpha + tl.sum(p, axis=0)
         m = m_new
     return acc, m, total
@@ -91,88 +88,78 @@ def attend_first_query(
 def forward_kernel(
     q_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, lengths_ptr, scale, num_tokens, max_tokens, num_heads, rope_prefix,
     stride_qb, stride_qn, stride_qh, stride_kb, stride_kn, stride_kh, stride_vb, stride_vn, stride_vh,
-    out_ptr, lse_ptr,
-    D: tl.constexpr, COVER: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PEEL: tl.constexpr,
-    MASKED: tl.constexpr, ALIGN: tl.constexpr, WIDE: tl.constexpr, PACKED: tl.constexpr, CAUSAL: tl.constexpr,
-    INTERLEAVED: tl.constexpr,
+    out_ptr, lse_ptr, T: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_M queries of one head; with PEEL, block 0 is the first query alone."""
-    num_blocks = tl.cdiv(max_tokens - PEEL, BLOCK_M) + PEEL
+    num_blocks = tl.cdiv(max_tokens - T.PEEL, T.BLOCK_M) + T.PEEL
     block, batch, head, first, length, stored = locate(
-        tl.program_id(0), num_blocks, num_heads, num_tokens, lengths_ptr, PACKED
+        tl.program_id(0), num_blocks, num_heads, num_tokens, lengths_ptr, T.PACKED
     )
     if lse_ptr is not None:
         lse_ptr += (batch.to(tl.int64) * num_heads + head) * num_tokens + first
-    k_ptr = head_start(k_ptr, batch, head, first, stride_kb, stride_kn, stride_kh, ALIGN)
-    v_ptr = head_start(v_ptr, batch, head, first, stride_vb, stride_vn, stride_vh, ALIGN)
-    step_k = stride_kn.to(tl.int64) * ALIGN
-    step_v = stride_vn.to(tl.int64) * ALIGN
-    o_key = row_offsets(BLOCK_N, stride_kn, ALIGN, WIDE)  # [BLOCK_N, 1]
-    o_value = row_offsets(BLOCK_N, stride_vn, ALIGN, WIDE)
-    o_out = row_offsets(BLOCK_M, num_heads * D, 1, WIDE)
+    k_ptr = head_start(k_ptr, batch, head, first, stride_kb, stride_kn, stride_kh, T.ALIGN)
+    v_ptr = head_start(v_ptr, batch, head, first, stride_vb, stride_vn, stride_vh, T.ALIGN)
+    step_k = stride_kn.to(tl.int64) * T.ALIGN
+    step_v = stride_vn.to(tl.int64) * T.ALIGN
+    o_key = row_offsets(T.BLOCK_N, stride_kn, T.ALIGN, T.WIDE)  # [BLOCK_N, 1]
+    o_value = row_offsets(T.BLOCK_N, stride_vn, T.ALIGN, T.WIDE)
+    o_out = row_offsets(T.BLOCK_M, num_heads * T.D, 1, T.WIDE)
     scale_log2 = scale * LOG2_E
-    out_ptr = head_start(out_ptr, batch, head, first, num_tokens * (num_heads * D).to(tl.int64), num_heads * D, D, 1)
+    out_ptr = head_start(out_ptr, batch, head, first, num_tokens * (num_heads * T.D).to(tl.int64), num_heads * T.D, T.D, 1)
 
-    if PEEL and block == 0:
-        o_one = row_offsets(1, stride_qn, ALIGN, WIDE)
-        q_ptr = head_start(q_ptr, batch, head, first, stride_qb, stride_qn, stride_qh, ALIGN)
-        q_first = load_tile(q_ptr, o_one, length, D, COVER, True)  # [1, D]
+    if T.PEEL and block == 0:
+        o_one = row_offsets(1, stride_qn, T.ALIGN, T.WIDE)
+        q_ptr = head_start(q_ptr, batch, head, first, stride_qb, stride_qn, stride_qh, T.ALIGN)
+        q_first = load_tile(q_ptr, o_one, length, T, True)  # [1, D]
         if cos_ptr is not None:
-            q_first = rotate_tile(
-                q_first, q_ptr, o_one, length, first - rope_prefix, cos_ptr, sin_ptr, D, COVER=COVER,
-                INTERLEAVED=INTERLEAVED,
-            )  # fmt: skip
-        k_first = load_tile(k_ptr, o_one, length, D, COVER, True)
-        v_first = load_tile(v_ptr, o_one, length, D, COVER, True)
-        m_first = tl.sum(row_products(k_first, q_first, COVER), axis=0) * scale_log2
-        acc_first = outer_product(tl.full([1], 1.0, tl.float32), v_first, COVER)
-        end = tl.minimum(length, 1) if CAUSAL else length
+            q_first = rotate_tile(q_first, q_ptr, o_one, length, first - rope_prefix, cos_ptr, sin_ptr, T)
+        k_first = load_tile(k_ptr, o_one, length, T, True)
+        v_first = load_tile(v_ptr, o_one, length, T, True)
+        m_first = tl.sum(row_products(k_first, q_first), axis=0) * scale_log2
+        acc_first = outer_product(tl.full([1], 1.0, tl.float32), v_first)
+        end = tl.minimum(length, 1) if T.CAUSAL else length
         acc_first, m_first, total_first = attend_first_query(
             q_first, acc_first, m_first, m_first * 0.0 + 1.0, k_ptr, v_ptr, step_k, step_v, o_key=o_key,
-            o_value=o_value, length=end, scale_log2=scale_log2, D=D, COVER=COVER, BLOCK_N=BLOCK_N,
+            o_value=o_value, length=end, scale_log2=scale_log2, T=T,
         )  # fmt: skip
-        acc_first = scale_tile(acc_first, 1.0 / total_first, COVER)
-        store_tile(out_ptr, acc_first, row_offsets(1, num_heads * D, 1, WIDE), stored, length, D, COVER)
+        acc_first = scale_tile(acc_first, 1.0 / total_first)
+        store_tile(out_ptr, acc_first, row_offsets(1, num_heads * T.D, 1, T.WIDE), stored, length, T)
         if lse_ptr is not None:
             lse_first = tl.where(length > 0, (m_first + tl.log2(total_first)) * LN_2, float("-inf"))
             tl.store(lse_ptr, lse_first, mask=stored > 0)
     else:
-        row = (block - PEEL) * BLOCK_M + PEEL
-        query_index = row + tl.arange(0, BLOCK_M)
-        o_query = row_offsets(BLOCK_M, stride_qn, ALIGN, WIDE)
-        q_ptr = head_start(q_ptr, batch, head, first + row, stride_qb, stride_qn, stride_qh, ALIGN)
-        q = load_tile(q_ptr, o_query, length - row, D, COVER, True)  # [BLOCK_M, D]
+        row = (block - T.PEEL) * T.BLOCK_M + T.PEEL
+        query_index = row + tl.arange(0, T.BLOCK_M)
+        o_query = row_offsets(T.BLOCK_M, stride_qn, T.ALIGN, T.WIDE)
+        q_ptr = head_start(q_ptr, batch, head, first + row, stride_qb, stride_qn, stride_qh, T.ALIGN)
+        q = load_tile(q_ptr, o_query, length - row, T, True)  # [BLOCK_M, D]
         if cos_ptr is not None:
-            q = rotate_tile(
-                q, q_ptr, o_query, length - row, first + row - rope_prefix, cos_ptr, sin_ptr, D, COVER=COVER,
-                INTERLEAVED=INTERLEAVED,
-            )  # fmt: skip
-        if PEEL:
-            o_one = row_offsets(1, stride_qn, ALIGN, WIDE)
-            k_first = load_tile(k_ptr, o_one, length, D, COVER, True)  # [1, D]
-            v_first = load_tile(v_ptr, o_one, length, D, COVER, True)
-            m = row_products(q, k_first, COVER) * scale_log2
-            total = tl.full([BLOCK_M], 1.0, tl.float32)
-            acc = outer_product(total, v_first, COVER)
+            q = rotate_tile(q, q_ptr, o_query, length - row, first + row - rope_prefix, cos_ptr, sin_ptr, T)
+        if T.PEEL:
+            o_one = row_offsets(1, stride_qn, T.ALIGN, T.WIDE)
+            k_first = load_tile(k_ptr, o_one, length, T, True)  # [1, D]
+            v_first = load_tile(v_ptr, o_one, length, T, True)
+            m = row_products(q, k_first) * scale_log2
+            total = tl.full([T.BLOCK_M], 1.0, tl.float32)
+            acc = outer_product(total, v_first)
         else:
-            m = tl.full([BLOCK_M], float("-inf"), tl.float32)
-            total = tl.zeros([BLOCK_M], tl.float32)
-            acc = zero_tile(BLOCK_M, COVER)
+            m = tl.full([T.BLOCK_M], float("-inf"), tl.float32)
+            total = tl.full([T.BLOCK_M], 0.0, tl.float32)
+            acc = zero_tile(T.BLOCK_M, T)
 
         # A block of padding only has nothing to attend to: no iteration at all.
         key_end = tl.where(row < length, length, 0)
-        if CAUSAL:
-            key_end = tl.minimum(key_end, row + BLOCK_M)
-        for start in range(PEEL, key_end, BLOCK_N):
+        if T.CAUSAL:
+            key_end = tl.minimum(key_end, row + T.BLOCK_M)
+        for start in range(T.PEEL, key_end, T.BLOCK_N):
             acc, m, total = attend_block(
                 q, acc, m, total, k_ptr + start * step_k, v_ptr + start * step_v, o_key, o_value,
-                query_index=query_index, key_start=start, length=length, scale_log2=scale_log2, D=D, COVER=COVER,
-                BLOCK_N=BLOCK_N, MASKED=MASKED, CAUSAL=CAUSAL,
+                query_index=query_index, key_start=start, length=length, scale_log2=scale_log2, T=T,
             )  # fmt: skip
 
-        acc = scale_tile(acc, (1.0 / total)[:, None], COVER)
-        out_ptr += row.to(tl.int64) * (num_heads * D)
-        store_tile(out_ptr, acc, o_out, stored - row, length - row, D, COVER)
+        acc = scale_tile(acc, (1.0 / total)[:, None])
+        out_ptr += row.to(tl.int64) * (num_heads * T.D)
+        store_tile(out_ptr, acc, o_out, stored - row, length - row, T)
         if lse_ptr is not None:
             lse = tl.where(query_index < length, (m + tl.log2(total)) * LN_2, float("-inf"))
             tl.store(lse_ptr + query_index, lse, mask=query_index < stored)
@@ -210,13 +197,12 @@ def launch_forward(
     k = rotated(k, options)
     blocks = triton.cdiv(max_tokens - config.peel, config.block_m) + config.peel
     align = common_alignment(q, k, v)
+    wide = rows_are_wide(max(config.block_m, config.block_n), q, k, v, out)
+    tiling = tiling_of(config, options, max_tokens, config.block_n, head_dim=head_dim, align=align, wide=wide)
+    tiling = tiling._replace(INTERLEAVED=options.rope_interleaved)
     with device_guard(q):
         forward_kernel[(blocks * heads * options.sequences(batch),)](
             q, k, v, options.rope_cos, options.rope_sin, lengths, options.scale, tokens, max_tokens, heads,
-            options.rope_prefix, *unit_strides(align, q, k, v), out, lse,
-            D=head_dim, COVER=config.cover, BLOCK_M=config.block_m, BLOCK_N=config.block_n, PEEL=int(config.peel),
-            MASKED=options.is_causal or lengths is not None or (max_tokens - config.peel) % config.block_n != 0,
-            ALIGN=align, WIDE=rows_are_wide(max(config.block_m, config.block_n), q, k, v, out), PACKED=options.packed,
-            CAUSAL=options.is_causal, INTERLEAVED=options.rope_interleaved, **config.options(),
+            options.rope_prefix, *unit_strides(align, q, k, v), out, lse, tiling, **config.options(),
         )  # fmt: skip
     return out, lse

@@ -43,19 +43,15 @@ def rotate_piece(
 
 
 @triton.jit
-def rotate_tile(
-    tile, ptr, o_row, rows_left, angle_row, cos_ptr, sin_ptr,
-    D: tl.constexpr, COVER: tl.constexpr, INTERLEAVED: tl.constexpr,
-):  # fmt: skip
+def rotate_tile(tile, ptr, o_row, rows_left, angle_row, cos_ptr, sin_ptr, T: tl.constexpr):
     """Rotate a tile that was loaded from `ptr`; rounded back to its dtype."""
     result = ()
-    for i in tl.static_range(len(COVER)):
-        result += (
-            rotate_piece(
-            tile[i], ptr, o_row, rows_left, angle_row, cos_ptr, sin_ptr, D, START=piece_start(COVER, i),
-            WIDTH=piece_width(COVER, i), INTERLEAVED=INTERLEAVED,
-        ),
+    for i in tl.static_range(len(T.COVER)):
+        turned = rotate_piece(
+            tile[i], ptr, o_row, rows_left, angle_row, cos_ptr, sin_ptr, T.D, START=piece_start(T.COVER, i),
+            WIDTH=piece_width(T.COVER, i), INTERLEAVED=T.INTERLEAVED,
         )  # fmt: skip
+        result += (turned,)
     return result
 
 
