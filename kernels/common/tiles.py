@@ -99,6 +99,61 @@ def load_tile(ptr, o_row, rows_left, T: tl.constexpr, MASKED: tl.constexpr):
 
 
 @triton.jit
+def walk(
+    x_ptr, y_ptr, batch, head, first, stride_xb, stride_xn, stride_xh, stride_yb, stride_yn, stride_yh,
+    ROWS: tl.constexpr, T: tl.constexpr,
+):  # fmt: skip
+    """Return one head's rows of two tensors from `first` on, for `block_at` to take ROWS of them.
+
+    Each is its start, its stride, and the offsets of ROWS rows.
+    """
+    x_start = head_start(x_ptr, batch, head, first, stride_xb, stride_xn, stride_xh, T.ALIGN)
+    y_start = head_start(y_ptr, batch, head, first, stride_yb, stride_yn, stride_yh, T.ALIGN)
+    x_step = stride_xn.to(tl.int64) * T.ALIGN
+    y_step = stride_yn.to(tl.int64) * T.ALIGN
+    x_rows = row_offsets(ROWS, stride_xn, T.ALIGN, T.WIDE)  # [ROWS, 1]
+    y_rows = row_offsets(ROWS, stride_yn, T.ALIGN, T.WIDE)
+    return (x_start, x_step, x_rows), (y_start, y_step, y_rows)
+
+
+@triton.jit
+def block_at(rows, index):
+    """Return the block that begins with row `index`: its start and its offsets."""
+    start, stride, o_row = rows
+    return start + index * stride, o_row
+
+
+@triton.jit
+def load_block(block, rows_left, T: tl.constexpr, MASKED: tl.constexpr):
+    """Load a block; with MASKED rows at or past `rows_left` read as 0."""
+    start, o_row = block
+    return load_tile(start, o_row, rows_left, T, MASKED)
+
+
+@triton.jit
+def load_first(rows, rows_left, T: tl.constexpr):
+    """Load the first row alone; 0 if there is none."""
+    start, _, _ = rows
+    return load_tile(start, row_offsets(1, 0, 1, False), rows_left, T, True)
+
+
+@triton.jit
+def load_rows_at(
+    ptr, batch, head, row, stride_b, stride_n, stride_h, rows_left, ROWS: tl.constexpr, T: tl.constexpr
+):  # fmt: skip
+    """Load ROWS rows of one head from `row` on; those at or past `rows_left` read as 0."""
+    start = head_start(ptr, batch, head, row, stride_b, stride_n, stride_h, T.ALIGN)
+    return load_tile(start, row_offsets(ROWS, stride_n, T.ALIGN, T.WIDE), rows_left, T, True)
+
+
+@triton.jit
+def load_statistics(lse_ptr, delta_ptr, index, seen):
+    """Return the base-2 log-sum-exp and delta of queries; +inf and 0 where `seen` is false, so that nothing has a share."""
+    lse = tl.load(lse_ptr + index, mask=seen, other=float("inf"))
+    return lse * LOG2_E, tl.load(delta_ptr + index, mask=seen, other=0.0)
+
+
+@triton.jit
 def store_piece(ptr, block, o_row, rows_left, D: tl.constexpr, START: tl.constexpr, WIDTH: tl.constexpr):
     """Store ``[rows, WIDTH]`` at channel START, in the dtype behind `ptr`."""
     o_d = START + tl.arange(0, WIDTH)[None, :]
@@ -162,13 +217,13 @@ def add_product(acc, weights, tile):
 
 @triton.jit
 def attend_scores(
-    acc, m, total, scores, v_ptr, o_value, keys_left, scale_log2,
+    acc, m, total, scores, values, keys_left, scale_log2,
     T: tl.constexpr, MASKED: tl.constexpr, EMPTY_ROWS: tl.constexpr,
 ):  # fmt: skip
-    """One step of the online softmax in base 2: ``[rows, keys]`` of scores, -inf where hidden, and the keys' values.
+    """One step of the online softmax in base 2: ``[rows, keys]`` of scores, -inf where hidden, and the values' block.
 
     acc is the sum of the values seen so far, weighted relative to the maximum m; total is the sum of the weights. With
-    EMPTY_ROWS a row may have seen nothing yet; keys at or past keys_left are read as 0 if MASKED.
+    EMPTY_ROWS a row may have seen nothing yet; values at or past keys_left are read as 0 if MASKED.
     """
     m_new = tl.maximum(m, tl.max(scores, axis=1) * scale_log2)
     m_finite = m_new
@@ -177,7 +232,7 @@ def attend_scores(
         m_finite = tl.where(m_new == float("-inf"), 0.0, m_new)
     p = tl.exp2(scores * scale_log2 - m_finite[:, None])
     alpha = tl.exp2(m - m_finite)
-    v = load_tile(v_ptr, o_value, keys_left, T, MASKED)
+    v = load_block(values, keys_left, T, MASKED)
     acc = add_product(scale_tile(acc, alpha[:, None]), p, v)
     return acc, m_new, total * alpha + tl.sum(p, axis=1)
 

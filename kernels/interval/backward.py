@@ -31,14 +31,18 @@ from infimm_fast.kernels.common.tiles import (
     LOG2_E,
     UNSPECIALISED,
     add_product,
+    block_at,
     head_start,
+    load_block,
     load_rows,
+    load_statistics,
     load_tile,
     row_offsets,
     scale_tile,
     scores_of,
     store_rows,
     store_tile,
+    walk,
     zero_tile,
 )
 from infimm_fast.kernels.interval.config import Tiling, choose_config
@@ -56,21 +60,10 @@ SCAN_TOKENS = 256
 
 
 @triton.jit
-def load_statistics(lse_ptr, delta_ptr, token, member, visible, num_tokens):
-    """Return base-2 log-sum-exp and delta of rows of one batch row and group; +inf and 0 where nothing is seen."""
-    index = member * num_tokens + token
-    lse = tl.load(lse_ptr + index, mask=visible, other=float("inf"))
-    return lse * LOG2_E, tl.load(delta_ptr + index, mask=visible, other=0.0)
-
-
-@triton.jit
-def add_keys(
-    dq, q, grad, lse, delta, k_ptr, v_ptr, o_key, o_value, start, count, first_key, last_key, scale_log2,
-    T: tl.constexpr,
-):  # fmt: skip
+def add_keys(dq, q, grad, lse, delta, keys, values, start, count, first_key, last_key, scale_log2, T: tl.constexpr):
     """Add the share of BLOCK_N keys to dq."""
-    k = load_tile(k_ptr, o_key, last_key - first_key, T, True)  # [BLOCK_N, D]
-    v = load_tile(v_ptr, o_value, last_key - first_key, T, True)
+    k = load_block(keys, last_key - first_key, T, True)  # [BLOCK_N, D]
+    v = load_block(values, last_key - first_key, T, True)
     key = first_key + tl.arange(0, T.BLOCK_N)
     # The exponential of a key that is not seen may overflow: drop it before it meets a product.
     p = tl.exp2(scores_of(q, k) * scale_log2 - lse[:, None])  # [BLOCK_M, BLOCK_N]
@@ -103,19 +96,18 @@ def query_kernel(
     q = load_rows(q_ptr, query_offsets(token, member, stride_qn, stride_qh, T.ALIGN, T.WIDE), count > 0, T)
     grad = load_rows(grad_ptr, query_offsets(token, member, stride_gn, stride_gh, T.ALIGN, T.WIDE), count > 0, T)
     statistics = (batch.to(tl.int64) * num_heads + kv_head * T.GROUP) * num_tokens
-    lse, delta = load_statistics(lse_ptr + statistics, delta_ptr + statistics, token, member, count > 0, num_tokens)
+    index = member * num_tokens + token
+    lse, delta = load_statistics(lse_ptr + statistics, delta_ptr + statistics, index, count > 0)
 
-    k_ptr = head_start(k_ptr, zero, kv_head, zero, 0, stride_kn, stride_kh, T.ALIGN)
-    v_ptr = head_start(v_ptr, zero, kv_head, zero, 0, stride_vn, stride_vh, T.ALIGN)
-    step_k = stride_kn.to(tl.int64) * T.ALIGN
-    step_v = stride_vn.to(tl.int64) * T.ALIGN
-    o_key = row_offsets(T.BLOCK_N, stride_kn, T.ALIGN, T.WIDE)  # [BLOCK_N, 1]
-    o_value = row_offsets(T.BLOCK_N, stride_vn, T.ALIGN, T.WIDE)
+    keys, values = walk(
+        k_ptr, v_ptr, zero, kv_head, zero, 0, stride_kn, stride_kh, stride_yb=0, stride_yn=stride_vn,
+        stride_yh=stride_vh, ROWS=T.BLOCK_N, T=T,
+    )  # fmt: skip
     dq = zero_tile(T.BLOCK_M, T)
     for first_key in range(low, high, T.BLOCK_N):
         dq = add_keys(
-            dq, q, grad, lse, delta, k_ptr + first_key * step_k, v_ptr + first_key * step_v, o_key, o_value=o_value,
-            start=start, count=count, first_key=first_key, last_key=high, scale_log2=scale * LOG2_E, T=T,
+            dq, q, grad, lse, delta, block_at(keys, first_key), block_at(values, first_key), start, count=count,
+            first_key=first_key, last_key=high, scale_log2=scale * LOG2_E, T=T,
         )  # fmt: skip
     dq_ptr += (batch.to(tl.int64) * num_tokens * num_heads + kv_head * T.GROUP) * T.D
     dq = scale_tile(dq, scale)
@@ -148,7 +140,7 @@ def add_rows(
     token, member, inside = row_index(first_row, num_tokens * T.GROUP, T.BLOCK_M, T.GROUP)
     start, count = load_intervals(range_ptr, batch, token, inside, num_keys, stride_rb, stride_rt, stride_re)
     q = load_rows(q_ptr, query_offsets(token, member, stride_qn, stride_qh, T.ALIGN, T.WIDE), count > 0, T)
-    lse, delta = load_statistics(lse_ptr, delta_ptr, token, member, count > 0, num_tokens)
+    lse, delta = load_statistics(lse_ptr, delta_ptr, member * num_tokens + token, count > 0)
     p = tl.exp2(scores_of(k, q) * scale_log2 - lse[None, :])  # [BLOCK_N, BLOCK_M]
     p = tl.where(sees(key[:, None], start[None, :], count[None, :]), p, 0.0)
     grad = load_rows(grad_ptr, query_offsets(token, member, stride_gn, stride_gh, T.ALIGN, T.WIDE), count > 0, T)

@@ -35,7 +35,7 @@ from infimm_fast.kernels.common.launch import (
     rows_are_wide,
     unit_strides,
 )
-from infimm_fast.kernels.common.tiles import LN_2, LOG2_E, UNSPECIALISED, head_start, load_rows, store_rows
+from infimm_fast.kernels.common.tiles import LN_2, LOG2_E, UNSPECIALISED, load_rows, store_rows, walk
 from infimm_fast.kernels.interval.config import (
     DECODE_TOKENS,
     MIN_BLOCKS_PER_UNIT,
@@ -183,11 +183,11 @@ def decode_kernel(
 
     o_query = batch.to(tl.int64) * stride_qb + token.to(tl.int64) * stride_qn + head.to(tl.int64) * stride_qh
     q = load_rows(q_ptr, (o_query * T.ALIGN)[:, None], count > 0, T)  # [BLOCK_M, D]
-    k_ptr = head_start(k_ptr, unit * 0, kv_head, unit * 0, 0, stride_kn, stride_kh, T.ALIGN)
-    v_ptr = head_start(v_ptr, unit * 0, kv_head, unit * 0, 0, stride_vn, stride_vh, T.ALIGN)
-    part, part_lse = attend_keys(
-        q, k_ptr, v_ptr, start, count, first_key, last_key, stride_kn, stride_vn=stride_vn, scale=scale, T=T
-    )
+    keys, values = walk(
+        k_ptr, v_ptr, unit * 0, kv_head, unit * 0, 0, stride_kn, stride_kh, stride_yb=0, stride_yn=stride_vn,
+        stride_yh=stride_vh, ROWS=T.BLOCK_N, T=T,
+    )  # fmt: skip
+    part, part_lse = attend_keys(q, keys, values, start, count, first_key, last_key, scale, T=T)
     index = ((split.to(tl.int64) * num_batches + batch) * num_tokens + token) * (num_kv_heads * T.GROUP) + head
     store_rows(part_ptr, part, (index * T.D)[:, None], inside, T)
     tl.store(part_lse_ptr + index, part_lse, mask=inside)

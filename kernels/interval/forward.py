@@ -20,7 +20,7 @@ from infimm_fast.kernels.common.launch import (
     rows_contiguous,
     unit_strides,
 )
-from infimm_fast.kernels.common.tiles import UNSPECIALISED, head_start, load_rows, store_rows
+from infimm_fast.kernels.common.tiles import UNSPECIALISED, head_start, load_rows, store_rows, walk
 from infimm_fast.kernels.interval.config import DECODE_TOKENS, Tiling, choose_config, choose_split
 from infimm_fast.kernels.interval.decode import launch_decode
 from infimm_fast.kernels.interval.options import Options
@@ -53,9 +53,11 @@ def forward_kernel(
     q_ptr = head_start(q_ptr, batch, kv_head * T.GROUP, batch * 0, stride_qb, stride_qn, stride_qh, T.ALIGN)
     o_query = query_offsets(token, member, stride_qn, stride_qh, T.ALIGN, T.WIDE)
     q = load_rows(q_ptr, o_query, count > 0, T)  # [BLOCK_M, D]
-    k_ptr = head_start(k_ptr, batch * 0, kv_head, batch * 0, 0, stride_kn, stride_kh, T.ALIGN)
-    v_ptr = head_start(v_ptr, batch * 0, kv_head, batch * 0, 0, stride_vn, stride_vh, T.ALIGN)
-    out, lse = attend_keys(q, k_ptr, v_ptr, start, count, low, high, stride_kn, stride_vn=stride_vn, scale=scale, T=T)
+    keys, values = walk(
+        k_ptr, v_ptr, batch * 0, kv_head, batch * 0, 0, stride_kn, stride_kh, stride_yb=0, stride_yn=stride_vn,
+        stride_yh=stride_vh, ROWS=T.BLOCK_N, T=T,
+    )  # fmt: skip
+    out, lse = attend_keys(q, keys, values, start, count, low, high, scale, T=T)
     num_heads = num_kv_heads * T.GROUP
     out_ptr += (batch.to(tl.int64) * num_tokens * num_heads + kv_head * T.GROUP) * T.D
     store_rows(out_ptr, out, query_offsets(token, member, num_heads * T.D, T.D, 1, T.WIDE), inside, T)

@@ -13,8 +13,8 @@ from infimm_fast.kernels.common.tiles import (
     LN_2,
     LOG2_E,
     attend_scores,
-    load_tile,
-    row_offsets,
+    block_at,
+    load_block,
     scale_tile,
     scores_of,
     zero_tile,
@@ -65,39 +65,30 @@ def sees(key, start, count):
 
 
 @triton.jit
-def attend_block(
-    q, acc, m, total, k_ptr, v_ptr, o_key, o_value, start, count, first_key, last_key, scale_log2,
-    T: tl.constexpr,
-):  # fmt: skip
+def attend_block(q, acc, m, total, keys, values, start, count, first_key, last_key, scale_log2, T: tl.constexpr):
     """One step of the online softmax over BLOCK_N keys; each row sees those of its own interval."""
-    k = load_tile(k_ptr, o_key, last_key - first_key, T, True)  # [BLOCK_N, D]
+    k = load_block(keys, last_key - first_key, T, True)  # [BLOCK_N, D]
     key = first_key + tl.arange(0, T.BLOCK_N)
     visible = sees(key[None, :], start[:, None], count[:, None])
     scores = tl.where(visible, scores_of(q, k), float("-inf"))  # [BLOCK_M, BLOCK_N]
-    return attend_scores(
-        acc, m, total, scores, v_ptr, o_value, last_key - first_key, scale_log2, T=T, MASKED=True, EMPTY_ROWS=True
-    )
+    return attend_scores(acc, m, total, scores, values, last_key - first_key, scale_log2, T=T, MASKED=True, EMPTY_ROWS=True)
 
 
 @triton.jit
-def attend_keys(q, k_ptr, v_ptr, start, count, first_key, last_key, stride_kn, stride_vn, scale, T: tl.constexpr):
+def attend_keys(q, keys, values, start, count, first_key, last_key, scale, T: tl.constexpr):
     """Return the output ``[BLOCK_M, D]`` and log-sum-exp of queries over the keys ``[first_key, last_key)`` of one head.
 
-    k_ptr and v_ptr point at the head's key 0. Each query sees the keys of its own interval only; one that sees none has
+    keys and values begin at the head's key 0. Each query sees the keys of its own interval only; one that sees none has
     output 0 and log-sum-exp -inf.
     """
-    step_k = stride_kn.to(tl.int64) * T.ALIGN
-    step_v = stride_vn.to(tl.int64) * T.ALIGN
-    o_key = row_offsets(T.BLOCK_N, stride_kn, T.ALIGN, T.WIDE)  # [BLOCK_N, 1]
-    o_value = row_offsets(T.BLOCK_N, stride_vn, T.ALIGN, T.WIDE)
     scale_log2 = scale * LOG2_E
     m = tl.full([T.BLOCK_M], float("-inf"), tl.float32)
     total = tl.full([T.BLOCK_M], 0.0, tl.float32)
     acc = zero_tile(T.BLOCK_M, T)
     for key in range(first_key, last_key, T.BLOCK_N):
         acc, m, total = attend_block(
-            q, acc, m, total, k_ptr + key * step_k, v_ptr + key * step_v, o_key, o_value, start=start, count=count,
-            first_key=key, last_key=last_key, scale_log2=scale_log2, T=T,
+            q, acc, m, total, block_at(keys, key), block_at(values, key), start, count, first_key=key, last_key=last_key,
+            scale_log2=scale_log2, T=T,
         )  # fmt: skip
     # A row that has seen nothing has a maximum of -inf and an accumulator of 0.
     total = tl.where(total > 0, total, 1.0)

@@ -16,8 +16,12 @@ from infimm_fast.kernels.common.tiles import (
     UNSPECIALISED,
     add_product,
     add_weighted_rows,
+    block_at,
     head_start,
-    load_tile,
+    load_block,
+    load_first,
+    load_rows_at,
+    load_statistics,
     locate,
     outer_product,
     row_offsets,
@@ -25,34 +29,31 @@ from infimm_fast.kernels.common.tiles import (
     scale_tile,
     scores_of,
     store_tile,
+    walk,
     zero_tile,
 )
 
 
 @triton.jit
-def load_statistics(lse_ptr, delta_ptr, start, length, ROWS: tl.constexpr):
-    """Return base-2 log-sum-exp and delta, each ``[ROWS]``; +inf and 0 past `length`."""
-    index = start + tl.arange(0, ROWS)
-    inside = index < length
-    lse = tl.load(lse_ptr + index, mask=inside, other=float("inf"))
-    return lse * LOG2_E, tl.load(delta_ptr + index, mask=inside, other=0.0)
-
-
-@triton.jit
-def add_queries(
-    dk, dv, k, v, q_ptr, grad_ptr, lse_ptr, delta_ptr, o_query, o_grad, key_index, start, length, scale_log2,
-    T: tl.constexpr,
-):  # fmt: skip
+def add_queries(dk, dv, k, v, queries, grads, lse_ptr, delta_ptr, key_index, start, length, scale_log2, T: tl.constexpr):
     """Add the share of BLOCK_M queries to dk and dv; everything is transposed, ``[keys, queries]``."""
-    q = load_tile(q_ptr, o_query, length - start, T, T.MASKED)  # [BLOCK_M, D]
-    lse, delta = load_statistics(lse_ptr, delta_ptr, start, length, T.BLOCK_M)
+    q = load_block(queries, length - start, T, T.MASKED)  # [BLOCK_M, D]
+    query_index = start + tl.arange(0, T.BLOCK_M)
+    lse, delta = load_statistics(lse_ptr, delta_ptr, query_index, query_index < length)
     p = tl.exp2(scores_of(k, q) * scale_log2 - lse[None, :])  # [BLOCK_N, BLOCK_M]
     if T.CAUSAL:
-        p = tl.where(key_index[:, None] <= start + tl.arange(0, T.BLOCK_M)[None, :], p, 0.0)
-    grad = load_tile(grad_ptr, o_grad, length - start, T, T.MASKED)
+        p = tl.where(key_index[:, None] <= query_index[None, :], p, 0.0)
+    grad = load_block(grads, length - start, T, T.MASKED)
     dv = add_product(dv, p, grad)
     ds = p * (scores_of(v, grad) - delta[None, :])
     return add_product(dk, ds, q), dv
+
+
+@triton.jit
+def store_gradient(ptr, tile, batch, head, first, stored, length, stride_b, stride_n, stride_h, ROWS, T: tl.constexpr):
+    """Store rows from `first` on, of which `stored` exist and `length` are no padding."""
+    ptr = head_start(ptr, batch, head, first, stride_b, stride_n, stride_h, T.ALIGN)
+    store_tile(ptr, tile, row_offsets(ROWS, stride_n, T.ALIGN, T.WIDE), stored, length, T)
 
 
 @triton.jit(do_not_specialize=UNSPECIALISED)
@@ -70,46 +71,46 @@ def key_value_kernel(
     statistics = (batch.to(tl.int64) * num_heads + head) * num_tokens + first
     lse_ptr += statistics
     delta_ptr += statistics
-    q_ptr = head_start(q_ptr, batch, head, first, stride_qb, stride_qn, stride_qh, T.ALIGN)
-    grad_ptr = head_start(grad_ptr, batch, head, first, stride_gb, stride_gn, stride_gh, T.ALIGN)
-    step_q = stride_qn.to(tl.int64) * T.ALIGN
-    step_g = stride_gn.to(tl.int64) * T.ALIGN
-    o_query = row_offsets(T.BLOCK_M, stride_qn, T.ALIGN, T.WIDE)  # [BLOCK_M, 1]
-    o_grad = row_offsets(T.BLOCK_M, stride_gn, T.ALIGN, T.WIDE)
+    queries, grads = walk(
+        q_ptr, grad_ptr, batch, head, first, stride_qb, stride_qn, stride_qh, stride_yb=stride_gb, stride_yn=stride_gn,
+        stride_yh=stride_gh, ROWS=T.BLOCK_M, T=T,
+    )  # fmt: skip
     scale_log2 = scale * LOG2_E
 
     if T.PEEL and block == 0:
-        k_ptr = head_start(k_ptr, batch, head, first, stride_kb, stride_kn, stride_kh, T.ALIGN)
-        v_ptr = head_start(v_ptr, batch, head, first, stride_vb, stride_vn, stride_vh, T.ALIGN)
-        k_one = load_tile(k_ptr, row_offsets(1, stride_kn, T.ALIGN, T.WIDE), length, T, True)  # [1, D]
-        v_one = load_tile(v_ptr, row_offsets(1, stride_vn, T.ALIGN, T.WIDE), length, T, True)
+        k_one = load_rows_at(k_ptr, batch, head, first, stride_kb, stride_kn, stride_kh, length, ROWS=1, T=T)  # [1, D]
+        v_one = load_rows_at(v_ptr, batch, head, first, stride_vb, stride_vn, stride_vh, length, ROWS=1, T=T)
         dk_one = zero_tile(1, T)
         dv_one = zero_tile(1, T)
         for start in range(0, length, T.BLOCK_M):
-            q_some = load_tile(q_ptr + start * step_q, o_query, length - start, T, True)
-            grad_some = load_tile(grad_ptr + start * step_g, o_grad, length - start, T, True)
-            lse, delta = load_statistics(lse_ptr, delta_ptr, start, length, T.BLOCK_M)
+            q_some = load_block(block_at(queries, start), length - start, T, True)
+            grad_some = load_block(block_at(grads, start), length - start, T, True)
+            query_index = start + tl.arange(0, T.BLOCK_M)
+            lse, delta = load_statistics(lse_ptr, delta_ptr, query_index, query_index < length)
             p_one = tl.exp2(row_products(q_some, k_one) * scale_log2 - lse)  # [BLOCK_M]
             ds_one = p_one * (row_products(grad_some, v_one) - delta)
             dv_one = add_weighted_rows(dv_one, p_one, grad_some)
             dk_one = add_weighted_rows(dk_one, ds_one, q_some)
-        dk_ptr = head_start(dk_ptr, batch, head, first, stride_xb, stride_xn, stride_xh, T.ALIGN)
-        dv_ptr = head_start(dv_ptr, batch, head, first, stride_yb, stride_yn, stride_yh, T.ALIGN)
         dk_one = scale_tile(dk_one, scale)
-        store_tile(dk_ptr, dk_one, row_offsets(1, stride_xn, T.ALIGN, T.WIDE), stored, length, T)
-        store_tile(dv_ptr, dv_one, row_offsets(1, stride_yn, T.ALIGN, T.WIDE), stored, length, T)
+        store_gradient(
+            dk_ptr, dk_one, batch, head, first, stored, length, stride_xb, stride_n=stride_xn, stride_h=stride_xh,
+            ROWS=1, T=T,
+        )  # fmt: skip
+        store_gradient(
+            dv_ptr, dv_one, batch, head, first, stored, length, stride_yb, stride_n=stride_yn, stride_h=stride_yh,
+            ROWS=1, T=T,
+        )  # fmt: skip
     else:
         row = (block - T.PEEL) * T.BLOCK_N + T.PEEL
         key_index = row + tl.arange(0, T.BLOCK_N)
-        k_ptr = head_start(k_ptr, batch, head, first + row, stride_kb, stride_kn, stride_kh, T.ALIGN)
-        v_ptr = head_start(v_ptr, batch, head, first + row, stride_vb, stride_vn, stride_vh, T.ALIGN)
-        k = load_tile(k_ptr, row_offsets(T.BLOCK_N, stride_kn, T.ALIGN, T.WIDE), length - row, T, True)  # [BLOCK_N, D]
-        v = load_tile(v_ptr, row_offsets(T.BLOCK_N, stride_vn, T.ALIGN, T.WIDE), length - row, T, True)
+        k = load_rows_at(
+            k_ptr, batch, head, first + row, stride_kb, stride_kn, stride_kh, length - row, ROWS=T.BLOCK_N, T=T
+        )  # [BLOCK_N, D]
+        v = load_rows_at(v_ptr, batch, head, first + row, stride_vb, stride_vn, stride_vh, length - row, ROWS=T.BLOCK_N, T=T)
         if T.PEEL and not T.CAUSAL:
-            q_first = load_tile(q_ptr, row_offsets(1, stride_qn, T.ALIGN, T.WIDE), length, T, True)  # [1, D]
-            grad_first = load_tile(grad_ptr, row_offsets(1, stride_gn, T.ALIGN, T.WIDE), length, T, True)
-            lse_first = tl.load(lse_ptr, mask=length > 0, other=float("inf")) * LOG2_E
-            delta_first = tl.load(delta_ptr, mask=length > 0, other=0.0)
+            q_first = load_first(queries, length, T)  # [1, D]
+            grad_first = load_first(grads, length, T)
+            lse_first, delta_first = load_statistics(lse_ptr, delta_ptr, 0, length > 0)
             p_first = tl.exp2(row_products(k, q_first) * scale_log2 - lse_first)  # [BLOCK_N]
             dv = outer_product(p_first, grad_first)
             ds_first = p_first * (row_products(v, grad_first) - delta_first)
@@ -124,24 +125,25 @@ def key_value_kernel(
             query_start += (row - T.PEEL) // T.BLOCK_M * T.BLOCK_M
         for start in range(query_start, query_end, T.BLOCK_M):
             dk, dv = add_queries(
-                dk, dv, k, v, q_ptr + start * step_q, grad_ptr + start * step_g, lse_ptr, delta_ptr, o_query=o_query,
-                o_grad=o_grad, key_index=key_index, start=start, length=length, scale_log2=scale_log2, T=T,
+                dk, dv, k, v, block_at(queries, start), block_at(grads, start), lse_ptr, delta_ptr, key_index=key_index,
+                start=start, length=length, scale_log2=scale_log2, T=T,
             )  # fmt: skip
-        dk_ptr = head_start(dk_ptr, batch, head, first + row, stride_xb, stride_xn, stride_xh, T.ALIGN)
-        dv_ptr = head_start(dv_ptr, batch, head, first + row, stride_yb, stride_yn, stride_yh, T.ALIGN)
         dk = scale_tile(dk, scale)
-        store_tile(dk_ptr, dk, row_offsets(T.BLOCK_N, stride_xn, T.ALIGN, T.WIDE), stored - row, length - row, T)
-        store_tile(dv_ptr, dv, row_offsets(T.BLOCK_N, stride_yn, T.ALIGN, T.WIDE), stored - row, length - row, T)
+        store_gradient(
+            dk_ptr, dk, batch, head, first + row, stored - row, length - row, stride_xb, stride_n=stride_xn,
+            stride_h=stride_xh, ROWS=T.BLOCK_N, T=T,
+        )  # fmt: skip
+        store_gradient(
+            dv_ptr, dv, batch, head, first + row, stored - row, length - row, stride_yb, stride_n=stride_yn,
+            stride_h=stride_yh, ROWS=T.BLOCK_N, T=T,
+        )  # fmt: skip
 
 
 @triton.jit
-def add_keys(
-    dq, q, grad, lse, delta, k_ptr, v_ptr, o_key, o_value, query_index, start, length, scale_log2,
-    T: tl.constexpr,
-):  # fmt: skip
+def add_keys(dq, q, grad, lse, delta, keys, values, query_index, start, length, scale_log2, T: tl.constexpr):
     """Add the share of BLOCK_N keys to dq."""
-    k = load_tile(k_ptr, o_key, length - start, T, T.MASKED)  # [BLOCK_N, D]
-    v = load_tile(v_ptr, o_value, length - start, T, T.MASKED)
+    k = load_block(keys, length - start, T, T.MASKED)  # [BLOCK_N, D]
+    v = load_block(values, length - start, T, T.MASKED)
     p = tl.exp2(scores_of(q, k) * scale_log2 - lse[:, None])  # [BLOCK_M, BLOCK_N]
     if T.MASKED:
         # Padding reads as key 0 with score 0, whose exponential may overflow: drop it before it meets a product.
@@ -169,44 +171,43 @@ def query_kernel(
     statistics = (batch.to(tl.int64) * num_heads + head) * num_tokens + first
     lse_ptr += statistics
     delta_ptr += statistics
-    k_ptr = head_start(k_ptr, batch, head, first, stride_kb, stride_kn, stride_kh, T.ALIGN)
-    v_ptr = head_start(v_ptr, batch, head, first, stride_vb, stride_vn, stride_vh, T.ALIGN)
-    step_k = stride_kn.to(tl.int64) * T.ALIGN
-    step_v = stride_vn.to(tl.int64) * T.ALIGN
-    o_key = row_offsets(T.BLOCK_N, stride_kn, T.ALIGN, T.WIDE)  # [BLOCK_N, 1]
-    o_value = row_offsets(T.BLOCK_N, stride_vn, T.ALIGN, T.WIDE)
+    keys, values = walk(
+        k_ptr, v_ptr, batch, head, first, stride_kb, stride_kn, stride_kh, stride_yb=stride_vb, stride_yn=stride_vn,
+        stride_yh=stride_vh, ROWS=T.BLOCK_N, T=T,
+    )  # fmt: skip
     scale_log2 = scale * LOG2_E
 
     if T.PEEL and block == 0:
-        q_ptr = head_start(q_ptr, batch, head, first, stride_qb, stride_qn, stride_qh, T.ALIGN)
-        grad_ptr = head_start(grad_ptr, batch, head, first, stride_gb, stride_gn, stride_gh, T.ALIGN)
-        q_one = load_tile(q_ptr, row_offsets(1, stride_qn, T.ALIGN, T.WIDE), length, T, True)  # [1, D]
-        grad_one = load_tile(grad_ptr, row_offsets(1, stride_gn, T.ALIGN, T.WIDE), length, T, True)
-        lse_one = tl.load(lse_ptr, mask=length > 0, other=float("inf")) * LOG2_E
-        delta_one = tl.load(delta_ptr, mask=length > 0, other=0.0)
+        q_one = load_rows_at(q_ptr, batch, head, first, stride_qb, stride_qn, stride_qh, length, ROWS=1, T=T)  # [1, D]
+        grad_one = load_rows_at(grad_ptr, batch, head, first, stride_gb, stride_gn, stride_gh, length, ROWS=1, T=T)
+        lse_one, delta_one = load_statistics(lse_ptr, delta_ptr, 0, length > 0)
         dq_one = zero_tile(1, T)
         end = tl.minimum(length, 1) if T.CAUSAL else length
         for start in range(0, end, T.BLOCK_N):
-            k_some = load_tile(k_ptr + start * step_k, o_key, end - start, T, True)
-            v_some = load_tile(v_ptr + start * step_v, o_value, end - start, T, True)
+            k_some = load_block(block_at(keys, start), end - start, T, True)
+            v_some = load_block(block_at(values, start), end - start, T, True)
             p_one = tl.exp2(row_products(k_some, q_one) * scale_log2 - lse_one)  # [BLOCK_N]
             p_one = tl.where(start + tl.arange(0, T.BLOCK_N) < end, p_one, 0.0)
             ds_one = p_one * (row_products(v_some, grad_one) - delta_one)
             dq_one = add_weighted_rows(dq_one, ds_one, k_some)
-        dq_ptr = head_start(dq_ptr, batch, head, first, stride_xb, stride_xn, stride_xh, T.ALIGN)
         dq_one = scale_tile(dq_one, scale)
-        store_tile(dq_ptr, dq_one, row_offsets(1, stride_xn, T.ALIGN, T.WIDE), stored, length, T)
+        store_gradient(
+            dq_ptr, dq_one, batch, head, first, stored, length, stride_xb, stride_n=stride_xn, stride_h=stride_xh,
+            ROWS=1, T=T,
+        )  # fmt: skip
     else:
         row = (block - T.PEEL) * T.BLOCK_M + T.PEEL
         query_index = row + tl.arange(0, T.BLOCK_M)
-        q_ptr = head_start(q_ptr, batch, head, first + row, stride_qb, stride_qn, stride_qh, T.ALIGN)
-        grad_ptr = head_start(grad_ptr, batch, head, first + row, stride_gb, stride_gn, stride_gh, T.ALIGN)
-        q = load_tile(q_ptr, row_offsets(T.BLOCK_M, stride_qn, T.ALIGN, T.WIDE), length - row, T, True)  # [BLOCK_M, D]
-        grad = load_tile(grad_ptr, row_offsets(T.BLOCK_M, stride_gn, T.ALIGN, T.WIDE), length - row, T, True)
-        lse, delta = load_statistics(lse_ptr, delta_ptr, row, length, T.BLOCK_M)
+        q = load_rows_at(
+            q_ptr, batch, head, first + row, stride_qb, stride_qn, stride_qh, length - row, ROWS=T.BLOCK_M, T=T
+        )  # [BLOCK_M, D]
+        grad = load_rows_at(
+            grad_ptr, batch, head, first + row, stride_gb, stride_gn, stride_gh, length - row, ROWS=T.BLOCK_M, T=T
+        )
+        lse, delta = load_statistics(lse_ptr, delta_ptr, query_index, query_index < length)
         if T.PEEL:
-            k_first = load_tile(k_ptr, row_offsets(1, stride_kn, T.ALIGN, T.WIDE), length, T, True)  # [1, D]
-            v_first = load_tile(v_ptr, row_offsets(1, stride_vn, T.ALIGN, T.WIDE), length, T, True)
+            k_first = load_first(keys, length, T)  # [1, D]
+            v_first = load_first(values, length, T)
             p_first = tl.exp2(row_products(q, k_first) * scale_log2 - lse)  # [BLOCK_M]
             ds_first = p_first * (row_products(grad, v_first) - delta)
             dq = outer_product(ds_first, k_first)
@@ -218,9 +219,11 @@ def query_kernel(
             key_end = tl.minimum(key_end, row + T.BLOCK_M)
         for start in range(T.PEEL, key_end, T.BLOCK_N):
             dq = add_keys(
-                dq, q, grad, lse, delta, k_ptr + start * step_k, v_ptr + start * step_v, o_key, o_value=o_value,
-                query_index=query_index, start=start, length=length, scale_log2=scale_log2, T=T,
+                dq, q, grad, lse, delta, block_at(keys, start), block_at(values, start), query_index, start=start,
+                length=length, scale_log2=scale_log2, T=T,
             )  # fmt: skip
-        dq_ptr = head_start(dq_ptr, batch, head, first + row, stride_xb, stride_xn, stride_xh, T.ALIGN)
         dq = scale_tile(dq, scale)
-        store_tile(dq_ptr, dq, row_offsets(T.BLOCK_M, stride_xn, T.ALIGN, T.WIDE), stored - row, length - row, T)
+        store_gradient(
+            dq_ptr, dq, batch, head, first + row, stored - row, length - row, stride_xb, stride_n=stride_xn,
+            stride_h=stride_xh, ROWS=T.BLOCK_M, T=T,
+        )  # fmt: skip

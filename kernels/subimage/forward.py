@@ -31,7 +31,10 @@ from infimm_fast.kernels.common.tiles import (
     UNSPECIALISED,
     add_weighted_rows,
     attend_scores,
+    block_at,
     head_start,
+    load_block,
+    load_first,
     load_tile,
     locate,
     outer_product,
@@ -40,6 +43,7 @@ from infimm_fast.kernels.common.tiles import (
     scale_tile,
     scores_of,
     store_tile,
+    walk,
     zero_tile,
 )
 from infimm_fast.kernels.subimage.config import choose_config, tiling_of
@@ -48,36 +52,30 @@ from infimm_fast.kernels.subimage.rotate import contiguous_tables, rotate_tile, 
 
 
 @triton.jit
-def attend_block(
-    q, acc, m, total, k_ptr, v_ptr, o_key, o_value, query_index, key_start, length, scale_log2, T: tl.constexpr
-):  # fmt: skip
+def attend_block(q, acc, m, total, keys, values, query_index, start, length, scale_log2, T: tl.constexpr):
     """One step of the online softmax over BLOCK_N keys; without MASKED all of them are visible to every query."""
-    k = load_tile(k_ptr, o_key, length - key_start, T, T.MASKED)  # [BLOCK_N, D]
+    k = load_block(keys, length - start, T, T.MASKED)  # [BLOCK_N, D]
     scores = scores_of(q, k)  # [BLOCK_M, BLOCK_N]
     if T.MASKED:
-        key_index = key_start + tl.arange(0, T.BLOCK_N)[None, :]
+        key_index = start + tl.arange(0, T.BLOCK_N)[None, :]
         visible = key_index < length
         if T.CAUSAL:
             visible = visible & (key_index <= query_index[:, None])
         scores = tl.where(visible, scores, float("-inf"))
-    return attend_scores(
-        acc, m, total, scores, v_ptr, o_value, length - key_start, scale_log2, T=T, MASKED=T.MASKED, EMPTY_ROWS=False
-    )
+    return attend_scores(acc, m, total, scores, values, length - start, scale_log2, T=T, MASKED=T.MASKED, EMPTY_ROWS=False)
 
 
 @triton.jit
-def attend_first_query(
-    q, acc, m, total, k_ptr, v_ptr, step_k, step_v, o_key, o_value, length, scale_log2, T: tl.constexpr
-):  # fmt: skip
+def attend_first_query(q, acc, m, total, keys, values, length, scale_log2, T: tl.constexpr):
     """The online softmax of one query over keys 1, 2, ... on plain fp32 arithmetic."""
     for start in range(1, length, T.BLOCK_N):
-        k = load_tile(k_ptr + start * step_k, o_key, length - start, T, True)  # [BLOCK_N, D]
+        k = load_block(block_at(keys, start), length - start, T, True)  # [BLOCK_N, D]
         visible = start + tl.arange(0, T.BLOCK_N) < length
         scores = tl.where(visible, row_products(k, q) * scale_log2, float("-inf"))  # [BLOCK_N]
         m_new = tl.maximum(m, tl.max(scores, axis=0))
         p = tl.exp2(scores - m_new)
         alpha = tl.exp2(m - m_new)
-        v = load_tile(v_ptr + start * step_v, o_value, length - start, T, True)
+        v = load_block(block_at(values, start), length - start, T, True)
         acc = add_weighted_rows(scale_tile(acc, alpha), p, v)
         total = total * alpha + tl.sum(p, axis=0)
         m = m_new
@@ -97,15 +95,14 @@ def forward_kernel(
     )
     if lse_ptr is not None:
         lse_ptr += (batch.to(tl.int64) * num_heads + head) * num_tokens + first
-    k_ptr = head_start(k_ptr, batch, head, first, stride_kb, stride_kn, stride_kh, T.ALIGN)
-    v_ptr = head_start(v_ptr, batch, head, first, stride_vb, stride_vn, stride_vh, T.ALIGN)
-    step_k = stride_kn.to(tl.int64) * T.ALIGN
-    step_v = stride_vn.to(tl.int64) * T.ALIGN
-    o_key = row_offsets(T.BLOCK_N, stride_kn, T.ALIGN, T.WIDE)  # [BLOCK_N, 1]
-    o_value = row_offsets(T.BLOCK_N, stride_vn, T.ALIGN, T.WIDE)
-    o_out = row_offsets(T.BLOCK_M, num_heads * T.D, 1, T.WIDE)
+    keys, values = walk(
+        k_ptr, v_ptr, batch, head, first, stride_kb, stride_kn, stride_kh, stride_yb=stride_vb, stride_yn=stride_vn,
+        stride_yh=stride_vh, ROWS=T.BLOCK_N, T=T,
+    )  # fmt: skip
+    width = num_heads * T.D
+    o_out = row_offsets(T.BLOCK_M, width, 1, T.WIDE)
     scale_log2 = scale * LOG2_E
-    out_ptr = head_start(out_ptr, batch, head, first, num_tokens * (num_heads * T.D).to(tl.int64), num_heads * T.D, T.D, 1)
+    out_ptr = head_start(out_ptr, batch, head, first, num_tokens * width.to(tl.int64), width, T.D, 1)
 
     if T.PEEL and block == 0:
         o_one = row_offsets(1, stride_qn, T.ALIGN, T.WIDE)
@@ -113,17 +110,16 @@ def forward_kernel(
         q_first = load_tile(q_ptr, o_one, length, T, True)  # [1, D]
         if cos_ptr is not None:
             q_first = rotate_tile(q_first, q_ptr, o_one, length, first - rope_prefix, cos_ptr, sin_ptr, T)
-        k_first = load_tile(k_ptr, o_one, length, T, True)
-        v_first = load_tile(v_ptr, o_one, length, T, True)
+        k_first = load_first(keys, length, T)  # [1, D]
+        v_first = load_first(values, length, T)
         m_first = tl.sum(row_products(k_first, q_first), axis=0) * scale_log2
         acc_first = outer_product(tl.full([1], 1.0, tl.float32), v_first)
         end = tl.minimum(length, 1) if T.CAUSAL else length
         acc_first, m_first, total_first = attend_first_query(
-            q_first, acc_first, m_first, m_first * 0.0 + 1.0, k_ptr, v_ptr, step_k, step_v, o_key=o_key,
-            o_value=o_value, length=end, scale_log2=scale_log2, T=T,
-        )  # fmt: skip
+            q_first, acc_first, m_first, m_first * 0.0 + 1.0, keys, values, end, scale_log2, T=T
+        )
         acc_first = scale_tile(acc_first, 1.0 / total_first)
-        store_tile(out_ptr, acc_first, row_offsets(1, num_heads * T.D, 1, T.WIDE), stored, length, T)
+        store_tile(out_ptr, acc_first, row_offsets(1, width, 1, T.WIDE), stored, length, T)
         if lse_ptr is not None:
             lse_first = tl.where(length > 0, (m_first + tl.log2(total_first)) * LN_2, float("-inf"))
             tl.store(lse_ptr, lse_first, mask=stored > 0)
@@ -136,9 +132,8 @@ def forward_kernel(
         if cos_ptr is not None:
             q = rotate_tile(q, q_ptr, o_query, length - row, first + row - rope_prefix, cos_ptr, sin_ptr, T)
         if T.PEEL:
-            o_one = row_offsets(1, stride_qn, T.ALIGN, T.WIDE)
-            k_first = load_tile(k_ptr, o_one, length, T, True)  # [1, D]
-            v_first = load_tile(v_ptr, o_one, length, T, True)
+            k_first = load_first(keys, length, T)  # [1, D]
+            v_first = load_first(values, length, T)
             m = row_products(q, k_first) * scale_log2
             total = tl.full([T.BLOCK_M], 1.0, tl.float32)
             acc = outer_product(total, v_first)
@@ -153,12 +148,21 @@ def forward_kernel(
             key_end = tl.minimum(key_end, row + T.BLOCK_M)
         for start in range(T.PEEL, key_end, T.BLOCK_N):
             acc, m, total = attend_block(
-                q, acc, m, total, k_ptr + start * step_k, v_ptr + start * step_v, o_key, o_value,
-                query_index=query_index, key_start=start, length=length, scale_log2=scale_log2, T=T,
-            )  # fmt: skip
+                q,
+                acc,
+                m,
+                total,
+                block_at(keys, start),
+                block_at(values, start),
+                query_index,
+                start,
+                length=length,
+                scale_log2=scale_log2,
+                T=T,
+            )
 
         acc = scale_tile(acc, (1.0 / total)[:, None])
-        out_ptr += row.to(tl.int64) * (num_heads * T.D)
+        out_ptr += row.to(tl.int64) * width
         store_tile(out_ptr, acc, o_out, stored - row, length - row, T)
         if lse_ptr is not None:
             lse = tl.where(query_index < length, (m + tl.log2(total)) * LN_2, float("-inf"))
