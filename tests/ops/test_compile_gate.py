@@ -15,13 +15,13 @@ if os.environ.get("TRITON_INTERPRET"):
     pytest.skip("the interpreter compiles nothing", allow_module_level=True)
 
 import compile_gate as gate
-from infimm_fast.kernels.common.cases import GATE, Job, find_ops, jobs_of
+from infimm_fast.kernels.common.cases import GATE, TUNE, Job, find_ops, jobs_of
 from infimm_fast.kernels.common.configs import ARCHITECTURES
 from infimm_fast.kernels.common.offline import compile_triton, recorded_launches, source_of, specialise
 from infimm_fast.kernels.residual.cases import CHANNELS
 from infimm_fast.kernels.subimage.config import HEAD_DIMS
 from infimm_fast.kernels.subimage.options import Options
-from machine_code import Code, hot_loop, innermost_loops, inspect_code, parse_sass
+from machine_code import Code, disassemble, hot_loop, innermost_loops, inspect_code, parse_sass
 
 SUBIMAGE, CROSS, RESIDUAL = "subimage_attention", "interval_attention", "gated_residual"
 OPS = find_ops()
@@ -79,6 +79,16 @@ def test_every_row_can_be_recorded_and_is_stored() -> None:
             if job.arch == 90:
                 assert gate.record(op, job, op.config(job)).kernel.__name__ == op.kernels[job.kernel]
     assert len(rows) == 1210 and set(found) == set(rows) and len(found) == len(rows)
+
+
+def test_launchers_take_the_configuration_that_they_are_given() -> None:
+    jobs = [(op, job) for op in OPS.values() for job in jobs_of(op, TUNE, ("bfloat16",), (90,))]
+    assert len(jobs) >= 38
+    for op, job in jobs:
+        config = replace(op.config(job), num_warps=2, max_registers=40)
+        source = gate.record(op, job, config)
+        assert source.kernel.__name__ == op.kernels[job.kernel]
+        assert source.options["num_warps"] == 2 and source.options["maxnreg"] == 40, (op.name, job)
 
 
 def test_one_misaligned_view_is_refused() -> None:
@@ -172,6 +182,20 @@ def test_machine_code_is_read() -> None:
     assert [one.global_bytes for one in code if one.global_bytes] == [16, 8]
     assert sum(one.spills for one in code) == 1
     assert [one.products for one in code if one.products] == [64 * 64 * 16 // 4, 64 * 128 * 16 // 4]
+
+
+def test_a_compiled_kernel_is_read() -> None:
+    """Both products of a step of 128 x 64 at head dim 64, for each of two warp groups."""
+    job = make_job(SUBIMAGE, "forward", "peeled", 64, "bfloat16", 90)
+    config = OPS[SUBIMAGE].config(job)
+    assert (config.block_m, config.block_n, config.num_warps) == (128, 64, 8)
+    compiled = compile_triton(gate.record(OPS[SUBIMAGE], job, config), 90)
+    code = inspect_code(compiled)
+    assert 64 < code.registers <= 128 and code.loop_wgmma == 8 and 1 <= code.loop_waits <= 3 and not code.serialised
+    loop = hot_loop(parse_sass(disassemble(compiled.asm["cubin"])[1]))
+    assert {one.opcode.split(".")[1] for one in loop if one.products} == {"64x64x16"}
+    assert 4 * sum(one.products for one in loop) == 2 * 64 * 64 * 64
+    assert 32 <= sum(one.opcode.startswith("MUFU") for one in loop) <= 40  # exponentials of a thread
 
 
 def test_specialisation_is_what_triton_infers() -> None:
