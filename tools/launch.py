@@ -42,6 +42,7 @@ def run_case(op: Op, case: Case, dtype: torch.dtype, device: torch.device) -> No
         return
     on_cpu: dict[str, Any] = tree_map_only(torch.Tensor, lambda x: x.detach().cpu(), inputs)
     plain, exact = (op.reference(case, on_cpu, kind) for kind in (dtype, torch.float64))
+    assert actual.keys() == exact.keys(), f"results are {', '.join(actual)} instead of {', '.join(exact)}"
     for name, result in actual.items():
         assert_error_budget(name, result.cpu(), plain[name], exact[name])
 

@@ -192,7 +192,9 @@ def run_op(op: Op, case: Case, inputs: Inputs, backend: str) -> Outputs:
     with torch.set_grad_enabled(case.backward):
         results = op.call(case, inputs, backend)
         if case.backward:
-            results += torch.autograd.grad(results, [inputs[name] for name in op.leaves_of(case)], inputs["gradients"])
+            differentiable = [one for one in results if one.requires_grad]
+            leaves = [inputs[name] for name in op.leaves_of(case)]
+            results += torch.autograd.grad(differentiable, leaves, inputs["gradients"])
     return {name: x.detach() for name, x in op.checked(case, results).items()}
 
 

@@ -84,7 +84,7 @@ def row_ranges(sizes: Sizes, row: int = 0) -> list[tuple[int, int]]:
     if sizes.get("ragged"):
         # Nothing, one key, an inner interval, everything, bounds that have to be clamped.
         ragged = [(0, length), (5, 5), (length - 1, length), (33, length * 3 // 4), (-3, length + 93), (0, 1)]
-        return [ragged[(row + token) % len(ragged)] for token in range(tokens)]
+        return [ragged[(sizes["ragged"] - 1 + row + token) % len(ragged)] for token in range(tokens)]
     bounds = [0]
     for image in range(images):
         bounds.append(bounds[-1] + (tiles // images + (image < tiles % images)) * sizes["tokens_per_tile"])
@@ -124,11 +124,12 @@ def _make_cases() -> Iterator[Case]:
         sizes = make_sizes(1, 512, *shape)
         yield Case(f"512 tokens, {heads}, with backward", sizes, True, importance + 1, (TUNE,), _BACKWARD)
     yield from _gate_cases()
-    small = {"tiles": 1, "ragged": 1}
+    small = {"tiles": 1, "ragged": 1, "apart": 1, "shared": 1}
     for name, sizes in {
-        "prompt": make_sizes(2, 37, 6, 2, 72, tokens_per_tile=104, **small),
-        "decode one row": make_sizes(1, 1, 3, 3, 64, tokens_per_tile=1111, kv_blocks=1, **small),
-        "decode rows": make_sizes(7, 3, 4, 2, 112, tokens_per_tile=1111, shared=1, **small),
+        "prompt": make_sizes(2, 37, 6, 2, 72, tokens_per_tile=207, **small),
+        # An inner interval.
+        "decode one row": make_sizes(1, 1, 3, 3, 64, tokens_per_tile=1111, **(small | {"ragged": 4})),
+        "decode rows": make_sizes(7, 3, 4, 2, 112, tokens_per_tile=1111, **small),
     }.items():
         yield Case(f"small, {name}", sizes, backward=True, uses=(SMALL,))
 
@@ -155,7 +156,9 @@ class IntervalAttention(Op):
     """Queries ``[rows, tokens, heads, head_dim]`` on keys and values that are views of one projection's output.
 
     Sizes: see `make_sizes`; `kv_heads` is `heads` where it is left out. As flags shared (all rows see the same picture),
-    ragged (intervals of all kinds, dealt to the text tokens in turn).
+    ragged (intervals of all kinds, dealt to the text tokens in turn, from the first kind on or from that of this number),
+    apart (keys and values are tensors of their own, so that a sanitizer sees an access beside one; the log-sum-exp is
+    compared too).
     """
 
     name = "interval_attention"
@@ -180,6 +183,8 @@ class IntervalAttention(Op):
         shape = (visual_tokens(sizes), sizes["kv_blocks"], 2, sizes.get("kv_heads", heads), head_dim)
         kv = outlier_normal(*shape, dtype=dtype, device=device, seed=seed + 1)[:, 0].requires_grad_(case.backward)
         k, v = kv.detach().unbind(1)
+        if sizes.get("apart"):
+            k, v = (part.clone(memory_format=torch.contiguous_format).requires_grad_(case.backward) for part in (k, v))
         inputs: Inputs = {"q": q.requires_grad_(case.backward), "kv": kv, "k": k, "v": v}
         inputs["kv_range"] = make_kv_range(sizes, device)
         if case.backward:
@@ -187,11 +192,18 @@ class IntervalAttention(Op):
         return inputs
 
     def call(self, case: Case, inputs: Inputs, backend: str) -> tuple[torch.Tensor, ...]:
-        """Return the output."""
+        """Return the output, and the log-sum-exp if keys and values are apart."""
+        if case.sizes.get("apart"):
+            q, k, v, kv_range = (inputs[name] for name in ("q", "k", "v", "kv_range"))
+            return interval_attention(q, k, v, kv_range, return_lse=True, backend=backend)
         # With a backward pass the views are made anew: those made before a CUDA graph is captured belong to another
         # stream, and autograd would have to wait for that.
         k, v = inputs["kv"].unbind(1) if case.backward else (inputs["k"], inputs["v"])
         return (interval_attention(inputs["q"], k, v, inputs["kv_range"], backend=backend),)
+
+    def leaves_of(self, case: Case) -> tuple[str, ...]:
+        """Return the leaves of a case."""
+        return ("q", "k", "v") if case.sizes.get("apart") else self.leaves
 
     def reference(self, case: Case, inputs: Inputs, dtype: torch.dtype) -> Outputs:
         """Return the plain statement's result for the checked text tokens; all of them before a backward pass."""
@@ -202,9 +214,10 @@ class IntervalAttention(Op):
             # Cast to `dtype` what the checked rows see, one row at a time.
             return {"out": torch.cat([self._reference_of_row(q, kv, kv_range, row, tokens, dtype) for row in rows])}
         q, kv = q.to(dtype).requires_grad_(), kv.to(dtype).requires_grad_()
-        out, _ = interval_attention_reference(q, kv[:, 0], kv[:, 1], kv_range, case.sizes["head_dim"] ** -0.5)
+        out, lse = interval_attention_reference(q, kv[:, 0], kv[:, 1], kv_range, case.sizes["head_dim"] ** -0.5)
         dq, dkv = torch.autograd.grad(out, (q, kv), inputs["gradients"][0].to(dtype))
-        return _name_results(out.detach(), dq, dkv)
+        also = {"lse": lse.detach()} if case.sizes.get("apart") else {}
+        return _name_results(out.detach(), dq, dkv) | also
 
     def _reference_of_row(
         self, q: torch.Tensor, kv: torch.Tensor, kv_range: torch.Tensor, row: int, tokens: list[int], dtype: torch.dtype
@@ -216,6 +229,8 @@ class IntervalAttention(Op):
 
     def checked(self, case: Case, results: tuple[torch.Tensor, ...]) -> Outputs:
         """Return the output of the checked text tokens, and gradients if there are any."""
+        if case.sizes.get("apart"):
+            return dict(zip(("out", "lse", "dq", "dk", "dv"), results, strict=True))
         if case.backward:
             return _name_results(*results)
         rows, tokens = checked_part(case)

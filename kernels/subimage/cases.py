@@ -51,6 +51,7 @@ _TUNED = ("InfiMM-HD", "SigLIP", "Mllama", "InternViT")
 _GATED = {"peeled": 1025, "masked": 729, "rope": 1025, "short": 49}
 # Tiles do not see each other, and the fp64 reference of all of them would not fit.
 _CHECKED_TILES = 2
+_GRADIENTS = ("dq", "dk", "dv")
 # Products of matrices that a kernel computes.
 _PRODUCTS = {"forward": 2, "backward_kv": 4, "backward_q": 3}
 
@@ -85,10 +86,10 @@ def _make_cases() -> Iterator[Case]:
             yield Case(f"{variant}, head dim {head_dim}", sizes, len(kernels) > 1, 1, (GATE,), kernels, dtypes)
     for name, sizes in {
         # 129 tokens are a class token and full tiles of any width.
-        "peeled": _sizes(2, 129, 3, 72),
-        "rope": _sizes(1, 77, 2, 80, rope=1),
-        "lengths": _sizes(3, 83, 1, 112, lengths=1),
-        "sequences": _sizes(1, 101, 2, 88, sequences=1, causal=1),
+        "peeled": _sizes(2, 129, 3, 72, apart=1),
+        "rope": _sizes(1, 77, 2, 80, rope=1, apart=1),
+        "lengths": _sizes(3, 83, 1, 112, lengths=1, apart=1),
+        "sequences": _sizes(1, 101, 2, 88, sequences=1, causal=1, apart=1),
         "window": _sizes(3, 49, 1, 104, packed=1),
     }.items():
         yield Case(f"small, {name}", sizes, backward=True, uses=(SMALL,))
@@ -98,7 +99,8 @@ class SubimageAttention(Op):
     """Self-attention of tiles on ``[tiles, tokens, 3, heads, head_dim]``, as a qkv projection writes it.
 
     Sizes: tiles, tokens, heads, head_dim; as flags rope (all but a class token are rotated), lengths (tiles of different
-    lengths), sequences (several end to end in the only tile), causal, packed (the public function of that name).
+    lengths), sequences (several end to end in the only tile), causal, packed (the public function of that name), apart (q, k
+    and v are tensors of their own, so that a sanitizer sees an access beside one). Small cases compare the log-sum-exp too.
     """
 
     name = "subimage_attention"
@@ -135,43 +137,53 @@ class SubimageAttention(Op):
             options["seqlens"] = torch.tensor(lengths, dtype=torch.int32, device=device)
         if sizes.get("sequences"):
             # An empty one in the middle; the last tokens belong to none.
-            ends = [0, tokens // 6, tokens // 6, tokens - tokens // 9]
+            ends = [0, tokens // 6 + 1, tokens // 6 + 1, tokens - tokens // 9]
             options |= {
                 "cu_seqlens": torch.tensor(ends, dtype=torch.int32, device=device),
                 "max_seqlen": ends[-1] - ends[-2],
             }
         q, k, v = qkv.detach().unbind(2)
+        if sizes.get("apart"):
+            q, k, v = (x.clone(memory_format=torch.contiguous_format).requires_grad_(case.backward) for x in (q, k, v))
         inputs: Inputs = {"qkv": qkv, "q": q, "k": k, "v": v, "options": options}
         if case.backward:
             inputs["gradients"] = (outlier_normal(*q.shape, dtype=dtype, device=device, seed=seed + 1),)
         return inputs
 
     def call(self, case: Case, inputs: Inputs, backend: str) -> tuple[torch.Tensor, ...]:
-        """Return the output."""
-        options = inputs["options"] | {"backend": backend}
+        """Return the output, and the log-sum-exp of a small case."""
+        options = inputs["options"] | {"backend": backend, "return_lse": SMALL in case.uses}
         if case.sizes.get("packed"):
-            return (subimage_attention_packed(inputs["qkv"], **options),)
+            return _as_tuple(subimage_attention_packed(inputs["qkv"], **options))
         # With a backward pass the views are made anew: those made before a CUDA graph is captured belong to another
         # stream, and autograd would have to wait for that.
-        parts = inputs["qkv"].unbind(2) if case.backward else (inputs[name] for name in "qkv")
-        return (subimage_attention(*parts, **options),)
+        made_anew = case.backward and not case.sizes.get("apart")
+        parts = inputs["qkv"].unbind(2) if made_anew else (inputs[name] for name in "qkv")
+        return _as_tuple(subimage_attention(*parts, **options))
+
+    def leaves_of(self, case: Case) -> tuple[str, ...]:
+        """Return the leaves of a case."""
+        return ("q", "k", "v") if case.sizes.get("apart") else self.leaves
 
     def reference(self, case: Case, inputs: Inputs, dtype: torch.dtype) -> Outputs:
         """Return the plain statement's result on the checked tiles."""
         chosen = self._checked_tiles(case)
         qkv = inputs["qkv"].detach()[chosen].to(dtype).requires_grad_(case.backward)
-        out = subimage_attention(*qkv.unbind(2), **inputs["options"], backend="reference")
-        assert isinstance(out, torch.Tensor)
+        out, lse = subimage_attention(*qkv.unbind(2), **inputs["options"], return_lse=True, backend="reference")
+        outputs = {"out": out.detach(), "lse": lse} if SMALL in case.uses else {"out": out.detach()}
         if not case.backward:
-            return {"out": out}
+            return outputs
         (gradient,) = torch.autograd.grad(out, qkv, inputs["gradients"][0][chosen].to(dtype))
-        return {"out": out.detach()} | _name_gradients(gradient)
+        return outputs | dict(zip(_GRADIENTS, gradient.unbind(2), strict=True))
 
     def checked(self, case: Case, results: tuple[torch.Tensor, ...]) -> Outputs:
-        """Return output and gradients of the checked tiles, the gradients apart."""
-        chosen = self._checked_tiles(case)
-        parts = {"out": results[0][chosen]}
-        return parts | _name_gradients(results[1][chosen]) if case.backward else parts
+        """Return outputs and gradients of the checked tiles, the gradients apart."""
+        chosen, names = self._checked_tiles(case), ("out", "lse") if SMALL in case.uses else ("out",)
+        parts = dict(zip(names, results, strict=False))
+        if case.backward:
+            gradients = results[len(names) :]
+            parts |= zip(_GRADIENTS, gradients if case.sizes.get("apart") else gradients[0].unbind(2), strict=True)
+        return {name: part[chosen] for name, part in parts.items()}
 
     def _checked_tiles(self, case: Case) -> list[int]:
         tiles = case.sizes["tiles"]
@@ -233,8 +245,8 @@ class SubimageAttention(Op):
         return Rules(no_elements=tiled, mostly_wide=tiled and job.kernel == "forward", tensor_rows=rows)
 
 
-def _name_gradients(gradient: torch.Tensor) -> Outputs:
-    return dict(zip(("dq", "dk", "dv"), gradient.unbind(2), strict=True))
+def _as_tuple(results: torch.Tensor | tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    return results if isinstance(results, tuple) else (results,)
 
 
 OP = SubimageAttention()
