@@ -10,6 +10,7 @@ log-sum-exp of +inf.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -46,7 +47,7 @@ from infimm_fast.kernels.common.tiles import (
     zero_tile,
 )
 from infimm_fast.kernels.interval.config import Tiling, choose_config
-from infimm_fast.kernels.interval.options import Options
+from infimm_fast.kernels.interval.options import Options, Saved
 from infimm_fast.kernels.interval.tiles import (
     hull_of,
     load_intervals,
@@ -197,33 +198,21 @@ def key_value_kernel(
 
 def launch_backward(
     grad: torch.Tensor,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    kv_range: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor,
+    saved: Saved,
     options: Options,
-    *,
     gradients: tuple[torch.Tensor, ...],
-    config_kv: LaunchConfig | None = None,
-    config_q: LaunchConfig | None = None,
+    configs: Mapping[str, LaunchConfig] | None = None,
 ) -> None:
     """Fill the gradients.
 
     Args:
         grad: gradient of the output, ``[B, T, Hq, D]``, any strides.
-        q: as given to the forward, and so are `k`, `v`, `kv_range` and `options`.
-        k: see `q`.
-        v: see `q`.
-        kv_range: see `q`.
-        out: the forward's output.
-        lse: the forward's log-sum-exp, fp32 ``[B, Hq, T]``.
-        options: see `q`.
+        saved: of the forward.
+        options: of the forward.
         gradients: dq ``[B, T, Hq, D]``, dk and dv ``[S, Hkv, D]``, written; contiguous.
-        config_kv: overrides `choose_config` for dk and dv.
-        config_q: overrides `choose_config` for dq.
+        configs: override `choose_config`, by kernel: "backward_kv" for dk and dv, "backward_q" for dq.
     """
+    q, k, v, kv_range, out, lse = saved
     grad, q, k, v = (rows_contiguous(x) for x in (grad, q, k[None], v[None]))
     batch, tokens, heads, head_dim = q.shape
     keys, kv_heads = k.shape[1:3]
@@ -233,9 +222,10 @@ def launch_backward(
         dv.zero_()
         return
     group = heads // kv_heads
+    configs = configs or {}
     choose: dict[str, Any] = {"head_dim": head_dim, "dtype": q.dtype, "rows": tokens * group}
-    config_kv = config_kv or choose_config("backward_kv", **choose, capability=capability(q))
-    config_q = config_q or choose_config("backward_q", **choose, capability=capability(q))
+    config_kv = configs.get("backward_kv") or choose_config("backward_kv", **choose, capability=capability(q))
+    config_q = configs.get("backward_q") or choose_config("backward_q", **choose, capability=capability(q))
     align = common_alignment(q, k, v, grad, out)
     wide = rows_are_wide(tokens, q, grad, out) or rows_are_wide(max(config_kv.block_n, config_q.block_n), k, v)
 

@@ -28,7 +28,7 @@ from infimm_fast.kernels.common.launch import LaunchConfig
 from infimm_fast.kernels.common.numerics import outlier_normal
 from infimm_fast.kernels.interval.api import interval_attention
 from infimm_fast.kernels.interval.config import DECODE_TOKENS, choose_config, choose_split
-from infimm_fast.kernels.interval.options import Options
+from infimm_fast.kernels.interval.options import Options, Saved
 from infimm_fast.kernels.interval.reference import interval_attention_reference
 
 HEAD_DIMS = (64, 72, 80, 88, 96, 104, 112, 128)
@@ -284,10 +284,10 @@ class IntervalAttention(Op):
         forward_config = self.config(replace(job, kernel="forward"))
         out, lse = inputs.get("forward") or launch_forward(q, k, v, kv_range, options, config=forward_config)
         dq, dkv = q.new_empty(q.shape), k.new_empty((2, *k.shape))
-        configs = {f"config_{name}": self.config(replace(job, kernel=f"backward_{name}")) for name in ("kv", "q")}
-        configs |= {job.kernel.replace("backward", "config"): config}
+        configs = {name: self.config(replace(job, kernel=name)) for name in ("backward_kv", "backward_q")}
+        configs[job.kernel] = config
         (gradient,), gradients = inputs["gradients"], (dq, dkv[0], dkv[1])
-        launch_backward(gradient, q, k, v, kv_range, out, lse, options, gradients=gradients, **configs)
+        launch_backward(gradient, Saved(q, k, v, kv_range, out, lse), options, gradients, configs)
         return out, dq, dkv.transpose(0, 1)
 
     def rules(self, job: Job, config: LaunchConfig) -> Rules:

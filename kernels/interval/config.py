@@ -86,13 +86,10 @@ _ROW_SHORT = Row(128, 64, 32, 4, 2)
 
 
 class Tiling(NamedTuple):
-    """What is compiled into a kernel that multiplies matrices.
+    """What is compiled into a kernel that multiplies matrices; COVER, BLOCK_M and BLOCK_N are those of `LaunchConfig`.
 
     Attributes:
         D: head dim.
-        COVER: see `LaunchConfig`, and so are BLOCK_M and BLOCK_N.
-        BLOCK_M: see COVER.
-        BLOCK_N: see COVER.
         GROUP: query heads of a KV head.
         ALIGN: elements in a unit of the strides.
         WIDE: offsets inside a tile, or inside a batch row of queries, can pass 2^31.

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 from infimm_fast.kernels.common.launch import resolve_backend
 from infimm_fast.kernels.common.operators import attention_outputs, fresh, refuse_vmap
-from infimm_fast.kernels.interval.options import Options
+from infimm_fast.kernels.interval.options import Options, Saved
 from infimm_fast.kernels.interval.reference import interval_mask
 from infimm_fast.kernels.interval.runs import attend_runs, find_runs
 
@@ -101,25 +101,21 @@ def _attention(
     return composite_forward(q, k, v, kv_range, scale).contiguous(), composite_lse(q, k, kv_range, scale)
 
 
-@torch.library.custom_op("infimm_fast::interval_attention_backward", mutates_args=())
-def _attention_backward(
-    grad: torch.Tensor,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    kv_range: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-    scale: float,
-    backend: str,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    gradients = fresh(q), fresh(k), fresh(v)
-    if resolve_backend(backend, q) == "triton":
+@torch.library.custom_op(
+    "infimm_fast::interval_attention_backward",
+    mutates_args=(),
+    schema="(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor kv_range, Tensor out, Tensor lse, float scale, str backend) "
+    "-> (Tensor, Tensor, Tensor)",
+)
+def _attention_backward(grad: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, ...]:
+    saved, options = Saved(*rest[:6]), Options(*rest[6:])
+    gradients = tuple(fresh(x) for x in saved[:3])
+    if resolve_backend(options.backend, saved.q) == "triton":
         from infimm_fast.kernels.interval.backward import launch_backward
 
-        launch_backward(grad, q, k, v, kv_range, out, lse, Options(scale), gradients=gradients)
+        launch_backward(grad, saved, options, gradients)
         return gradients
-    for target, value in zip(gradients, _composite_backward(grad, q, k, v, kv_range, scale), strict=True):
+    for target, value in zip(gradients, _composite_backward(grad, *saved[:4], options.scale), strict=True):
         target.copy_(value)
     return gradients
 

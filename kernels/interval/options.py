@@ -1,8 +1,21 @@
-"""What the operators of interval attention take beside their tensors."""
+"""What the operators of interval attention take. Torch only."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
+
+import torch
+
+
+class Saved(NamedTuple):
+    """What the backward needs of the forward: its tensors, the output, and the log-sum-exp, in the order of the schema."""
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    kv_range: torch.Tensor
+    out: torch.Tensor
+    lse: torch.Tensor
 
 
 class Options(NamedTuple):

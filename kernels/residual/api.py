@@ -16,6 +16,7 @@ from infimm_fast.kernels.common.checks import (
 from infimm_fast.kernels.common.launch import dtype_obstacle, settle_backend
 from infimm_fast.kernels.residual import ops
 from infimm_fast.kernels.residual.config import width_obstacle
+from infimm_fast.kernels.residual.options import Tensors
 from infimm_fast.kernels.residual.reference import gated_residual_reference
 
 
@@ -75,27 +76,20 @@ def gated_residual(
     2403.01487, section 3); LayerNorm (arXiv 1607.06450).
     """
     norm_eps = float(norm_eps)
-    _check(x, y, gate, keep, norm_weight, norm_bias, norm_eps)
+    tensors = Tensors(x, y, gate, keep, norm_weight, norm_bias)
+    _check(tensors, norm_eps)
     chosen = settle_backend(backend, x, lambda: dtype_obstacle(x) or width_obstacle(x.shape[-1]))
-    arguments = (x, y, gate, keep, norm_weight, norm_bias, norm_eps)
     if chosen == "triton":
-        out, normed = torch.ops.infimm_fast.gated_residual(*arguments, chosen)
+        out, normed = torch.ops.infimm_fast.gated_residual(*tensors, norm_eps, chosen)
     elif chosen == "reference":
-        out, normed = gated_residual_reference(*arguments)
+        out, normed = gated_residual_reference(*tensors, norm_eps)
     else:
-        out, normed = ops.composite_forward(*arguments)
+        out, normed = ops.composite_forward(tensors, norm_eps)
     return out if norm_weight is None else (out, normed)
 
 
-def _check(
-    x: torch.Tensor,
-    y: torch.Tensor,
-    gate: torch.Tensor,
-    keep: torch.Tensor | None,
-    norm_weight: torch.Tensor | None,
-    norm_bias: torch.Tensor | None,
-    norm_eps: float,
-) -> None:
+def _check(tensors: Tensors, norm_eps: float) -> None:
+    x, y, gate, keep, norm_weight, norm_bias = tensors
     if x.dim() < 2 or x.shape[-1] == 0:
         raise KernelArgumentError(f"x has shape {list(x.shape)}; expected [B, ..., C] with at least one channel")
     check_same_kind("x", x, y=y)

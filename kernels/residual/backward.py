@@ -14,8 +14,8 @@ import triton.language as tl
 from infimm_fast.kernels.common.launch import LaunchConfig, common_alignment, device_guard
 from infimm_fast.kernels.common.tiles import UNSPECIALISED, load_rows, store_rows, zero_tile
 from infimm_fast.kernels.residual.config import Tiling, choose_config, rows_of_programs
-from infimm_fast.kernels.residual.forward import as_rows, row_strides
-from infimm_fast.kernels.residual.options import Gradients, Options
+from infimm_fast.kernels.residual.forward import as_rows, contiguous, row_strides
+from infimm_fast.kernels.residual.options import Gradients, Options, Saved
 from infimm_fast.kernels.residual.tiles import (
     add_norm_gradient,
     add_products,
@@ -74,11 +74,7 @@ def backward_kernel(
 def launch_backward(
     grad: torch.Tensor,
     grad_normed: torch.Tensor,
-    y: torch.Tensor,
-    gate: torch.Tensor,
-    keep: torch.Tensor | None,
-    norm_weight: torch.Tensor | None,
-    out: torch.Tensor,
+    saved: Saved,
     options: Options,
     *,
     gradients: Gradients,
@@ -88,16 +84,13 @@ def launch_backward(
 
     Args:
         grad: gradient of the sum, ``[B, ..., C]``, any strides.
-        grad_normed: gradient of the LayerNorm, like `grad`; not read without a weight, and neither is `out`.
-        y: as given to the forward, and so are `gate`, `keep`, `norm_weight` and `options`.
-        gate: see `y`.
-        keep: see `y`.
-        norm_weight: see `y`.
-        out: the forward's sum.
-        options: see `y`.
+        grad_normed: gradient of the LayerNorm, like `grad`; not read without a weight.
+        saved: of the forward.
+        options: of the forward.
         gradients: written; dx and dy contiguous, in the shape of `y`.
         config: overrides `choose_config`.
     """
+    y, gate, keep, norm_weight, out = saved
     normed = norm_weight is not None
     channels = y.shape[-1]
     dx, dy, *sums = gradients
@@ -116,10 +109,8 @@ def launch_backward(
     tiling = Tiling(channels, config.cover, config.block_m, GATE_STRIDE=int(gate.shape[0] > 1), ALIGN=align)
     with device_guard(y):
         backward_kernel[(programs,)](
-            grad, grad_normed, y, gate.contiguous(), None if keep is None else keep.contiguous(),
-            None if norm_weight is None else norm_weight.contiguous(), out, options.norm_eps, rows, y.shape[1], share,
-            *row_strides(align, grad, grad_normed, y), dx, dy, partials, tiling,
-            **config.options(),
+            grad, grad_normed, y, *map(contiguous, (gate, keep, norm_weight)), out, options.norm_eps, rows, y.shape[1],
+            share, *row_strides(align, grad, grad_normed, y), dx, dy, partials, tiling, **config.options(),
         )  # fmt: skip
     for target, total in zip(sums, partials.sum(1), strict=True):
         target.copy_(total.sum() if target.shape[0] == 1 else total)

@@ -25,7 +25,7 @@ from infimm_fast.kernels.common.launch import LaunchConfig
 from infimm_fast.kernels.common.numerics import outlier_normal
 from infimm_fast.kernels.residual.api import gated_residual
 from infimm_fast.kernels.residual.config import choose_config
-from infimm_fast.kernels.residual.options import Gradients, Options
+from infimm_fast.kernels.residual.options import Gradients, Options, Saved, Tensors
 from infimm_fast.kernels.residual.reference import gated_residual_reference
 
 LEAVES = ("x", "y", "gate", "norm_weight", "norm_bias")
@@ -150,12 +150,14 @@ class GatedResidual(Op):
             weight = bias = None
         backward = job.kernel == "backward"
         forward_config = self.config(job) if backward else config
-        results = inputs.get("forward") or launch_forward(x, y, gate, keep, weight, bias, options, config=forward_config)
+        tensors = Tensors(x, y, gate, keep, weight, bias)
+        results = inputs.get("forward") or launch_forward(tensors, options, config=forward_config)
         if not backward:
             return results
         gradients = Gradients(*(torch.empty_like(inputs[name]) for name in LEAVES))
         grad, grad_normed = inputs["gradients"][0], inputs["gradients"][-1]
-        launch_backward(grad, grad_normed, y, gate, keep, weight, results[0], options, gradients=gradients, config=config)
+        saved = Saved(y, gate, keep, weight, results[0])
+        launch_backward(grad, grad_normed, saved, options, gradients=gradients, config=config)
         if weight is None:
             gradients = gradients._replace(dx=grad)
         return *results[: len(self.outputs_of(job.case))], *gradients[: len(self.leaves_of(job.case))]

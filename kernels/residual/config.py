@@ -26,12 +26,10 @@ _ROWS = ((512, 4, 4), (1024, 2, 4), (2048, 1, 4), (6144, 1, 8), (MAX_CHANNELS, 1
 
 
 class Tiling(NamedTuple):
-    """What is compiled into a kernel.
+    """What is compiled into a kernel; COVER and BLOCK_M are those of `LaunchConfig`.
 
     Attributes:
         D: channels, C elsewhere.
-        COVER: see `LaunchConfig`, and so is BLOCK_M.
-        BLOCK_M: see COVER.
         GATE_STRIDE: 1 for a gate for each channel, 0 for one gate.
         ALIGN: elements in a unit of the strides.
     """

@@ -19,7 +19,7 @@ from infimm_fast.kernels.common.launch import (
 )
 from infimm_fast.kernels.common.tiles import UNSPECIALISED, load_rows, store_rows
 from infimm_fast.kernels.residual.config import Tiling, choose_config, rows_of_programs
-from infimm_fast.kernels.residual.options import Options
+from infimm_fast.kernels.residual.options import Options, Tensors
 from infimm_fast.kernels.residual.tiles import (
     add_gated,
     apply_affine,
@@ -67,35 +67,28 @@ def row_strides(align: int, *tensors: torch.Tensor) -> list[int]:
     return [stride // align for tensor in tensors for stride in head_strides(tensor)[:2]]
 
 
+def contiguous(vector: torch.Tensor | None) -> torch.Tensor | None:
+    """Return a contiguous vector; None stays None."""
+    return None if vector is None else vector.contiguous()
+
+
 def launch_forward(
-    x: torch.Tensor,
-    y: torch.Tensor,
-    gate: torch.Tensor,
-    keep: torch.Tensor | None,
-    norm_weight: torch.Tensor | None,
-    norm_bias: torch.Tensor | None,
-    options: Options,
-    *,
-    config: LaunchConfig | None = None,
+    tensors: Tensors, options: Options, *, config: LaunchConfig | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Run the forward kernel.
 
     Args:
-        x: ``[B, ..., C]``, any strides.
-        y: like `x`.
-        gate: ``[C]`` or ``[1]``.
-        keep: ``[B]``, or None for all ones.
-        norm_weight: ``[C]``, or None for no LayerNorm.
-        norm_bias: ``[C]``, or None for no LayerNorm.
+        tensors: the operator's.
         options: the operator's; `backend` does not matter.
         config: overrides `choose_config`.
 
     Returns:
         The sum and its LayerNorm, contiguous, in the shape and dtype of `x`; the second is empty if there is no weight.
     """
+    x, y, *vectors = tensors
     channels = x.shape[-1]
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    normed = torch.empty(x.shape if norm_weight is not None else (0,), dtype=x.dtype, device=x.device)
+    normed = torch.empty(x.shape if tensors.norm_weight is not None else (0,), dtype=x.dtype, device=x.device)
     if out.numel() == 0:
         return out, normed
     x, y = as_rows(x), as_rows(y)
@@ -103,12 +96,10 @@ def launch_forward(
     rows = x.shape[0] * x.shape[1]
     programs, share = rows_of_programs("forward", rows, config.block_m)
     align = common_alignment(x, y)
-    tiling = Tiling(channels, config.cover, config.block_m, GATE_STRIDE=int(gate.shape[0] > 1), ALIGN=align)
+    tiling = Tiling(channels, config.cover, config.block_m, GATE_STRIDE=int(tensors.gate.shape[0] > 1), ALIGN=align)
     with device_guard(x):
         forward_kernel[(programs,)](
-            x, y, gate.contiguous(), None if keep is None else keep.contiguous(),
-            None if norm_weight is None else norm_weight.contiguous(),
-            None if norm_bias is None else norm_bias.contiguous(), options.norm_eps, rows, x.shape[1], share,
+            x, y, *map(contiguous, vectors), options.norm_eps, rows, x.shape[1], share,
             *row_strides(align, x, y), out, normed, tiling, **config.options(),
         )  # fmt: skip
     return out, normed

@@ -14,20 +14,17 @@ import torch.nn.functional as F
 
 from infimm_fast.kernels.common.launch import resolve_backend
 from infimm_fast.kernels.common.operators import refuse_vmap
-from infimm_fast.kernels.residual.options import Gradients, Options
+from infimm_fast.kernels.residual.options import Gradients, Options, Saved, Tensors
 from infimm_fast.kernels.residual.reference import gated_sum, row_factors
 
+# Parts of both schemas.
+_VECTORS = "Tensor gate, Tensor? keep, Tensor? norm_weight"
+_OPTIONS = "float norm_eps, str backend"
 
-def composite_forward(
-    x: torch.Tensor,
-    y: torch.Tensor,
-    gate: torch.Tensor,
-    keep: torch.Tensor | None,
-    norm_weight: torch.Tensor | None,
-    norm_bias: torch.Tensor | None,
-    norm_eps: float,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+
+def composite_forward(tensors: Tensors, norm_eps: float) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Return the sum and its LayerNorm or None, the latter by PyTorch's fused function; differentiable."""
+    x, y, gate, keep, norm_weight, norm_bias = tensors
     wide = torch.promote_types(x.dtype, torch.float32)
     # Nothing to convert: the fewest operations, whose calls take as long as the work of one token.
     plain = x.dtype == gate.dtype == wide
@@ -72,83 +69,67 @@ def _fresh(x: torch.Tensor, wanted: bool = True) -> torch.Tensor:
     return x.new_empty(x.shape if wanted else (0,))
 
 
-@torch.library.custom_op("infimm_fast::gated_residual", mutates_args=())
-def _residual(
-    x: torch.Tensor,
-    y: torch.Tensor,
-    gate: torch.Tensor,
-    keep: torch.Tensor | None,
-    norm_weight: torch.Tensor | None,
-    norm_bias: torch.Tensor | None,
-    norm_eps: float,
-    backend: str,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    if resolve_backend(backend, x) == "triton":
+@torch.library.custom_op(
+    "infimm_fast::gated_residual",
+    mutates_args=(),
+    schema=f"(Tensor x, Tensor y, {_VECTORS}, Tensor? norm_bias, {_OPTIONS}) -> (Tensor, Tensor)",
+)
+def _residual(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    tensors, options = Tensors(*arguments[:6]), Options(*arguments[6:])
+    if resolve_backend(options.backend, tensors.x) == "triton":
         from infimm_fast.kernels.residual.forward import launch_forward
 
-        return launch_forward(x, y, gate, keep, norm_weight, norm_bias, Options(norm_eps))
-    out, normed = composite_forward(x, y, gate, keep, norm_weight, norm_bias, norm_eps)
-    return out.contiguous(), normed.contiguous() if normed is not None else _fresh(x, False)
+        return launch_forward(tensors, options)
+    out, normed = composite_forward(tensors, options.norm_eps)
+    return out.contiguous(), normed.contiguous() if normed is not None else _fresh(tensors.x, False)
 
 
-@torch.library.custom_op("infimm_fast::gated_residual_backward", mutates_args=())
-def _residual_backward(
-    grad: torch.Tensor,
-    grad_normed: torch.Tensor,
-    y: torch.Tensor,
-    gate: torch.Tensor,
-    keep: torch.Tensor | None,
-    norm_weight: torch.Tensor | None,
-    out: torch.Tensor,
-    norm_eps: float,
-    backend: str,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return dx, dy, dgate, dweight, dbias; without a LayerNorm dx, which is `grad`, and the last two are empty."""
-    gradients = _gradients(y, gate, norm_weight)
-    if resolve_backend(backend, y) == "triton":
+@torch.library.custom_op(
+    "infimm_fast::gated_residual_backward",
+    mutates_args=(),
+    schema=f"(Tensor grad, Tensor grad_normed, Tensor y, {_VECTORS}, Tensor out, {_OPTIONS}) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+def _residual_backward(grad: torch.Tensor, grad_normed: torch.Tensor, *rest: Any) -> Gradients:
+    """Return the gradients; without a LayerNorm dx, which is `grad`, and the last two are empty."""
+    saved, options = Saved(*rest[:5]), Options(*rest[5:])
+    gradients = _gradients(saved)
+    if resolve_backend(options.backend, saved.y) == "triton":
         from infimm_fast.kernels.residual.backward import launch_backward
 
-        options = Options(norm_eps)
-        launch_backward(grad, grad_normed, y, gate, keep, norm_weight, out, options, gradients=gradients)
+        launch_backward(grad, grad_normed, saved, options, gradients=gradients)
         return gradients
     dx, dy, dgate, dweight, dbias = gradients
     grad = grad.to(torch.promote_types(grad.dtype, torch.float32))
-    if norm_weight is not None:
-        through, weight_sums, bias_sums = _norm_backward(grad_normed, out, norm_weight, norm_eps)
+    if saved.norm_weight is not None:
+        through, weight_sums, bias_sums = _norm_backward(grad_normed, saved.out, saved.norm_weight, options.norm_eps)
         grad = grad + through
         dx.copy_(grad)
         dweight.copy_(weight_sums)
         dbias.copy_(bias_sums)
-    for target, value in zip((dy, dgate), _gate_backward(grad, y, gate, keep), strict=True):
+    for target, value in zip((dy, dgate), _gate_backward(grad, saved.y, saved.gate, saved.keep), strict=True):
         target.copy_(value)
     return gradients
 
 
-def _gradients(y: torch.Tensor, gate: torch.Tensor, norm_weight: torch.Tensor | None) -> Gradients:
+def _gradients(saved: Saved) -> Gradients:
     """Allocate the gradients."""
-    vector = gate if norm_weight is None else norm_weight
-    normed = norm_weight is not None
-    return Gradients(_fresh(y, normed), _fresh(y), _fresh(gate), _fresh(vector, normed), _fresh(vector, normed))
+    normed = saved.norm_weight is not None
+    vector = saved.gate if saved.norm_weight is None else saved.norm_weight
+    return Gradients(
+        _fresh(saved.y, normed), _fresh(saved.y), _fresh(saved.gate), _fresh(vector, normed), _fresh(vector, normed)
+    )
 
 
 @_residual.register_fake
-def _(
-    x: torch.Tensor, y: torch.Tensor, gate: torch.Tensor, keep: Any, norm_weight: torch.Tensor | None, *rest: Any
-) -> tuple[torch.Tensor, torch.Tensor]:
-    return _fresh(x), _fresh(x, norm_weight is not None)
+def _(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    tensors = Tensors(*arguments[:6])
+    return _fresh(tensors.x), _fresh(tensors.x, tensors.norm_weight is not None)
 
 
 @_residual_backward.register_fake
-def _(
-    grad: torch.Tensor,
-    grad_normed: torch.Tensor,
-    y: torch.Tensor,
-    gate: torch.Tensor,
-    keep: torch.Tensor | None,
-    norm_weight: torch.Tensor | None,
-    *rest: Any,
-) -> tuple[torch.Tensor, ...]:
-    return _gradients(y, gate, norm_weight)
+def _(grad: torch.Tensor, grad_normed: torch.Tensor, *rest: Any) -> Gradients:
+    return _gradients(Saved(*rest[:5]))
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -19,37 +20,27 @@ from infimm_fast.kernels.common.launch import (
 )
 from infimm_fast.kernels.subimage.backward_kernels import key_value_kernel, query_kernel
 from infimm_fast.kernels.subimage.config import choose_config, tiling_of
-from infimm_fast.kernels.subimage.options import Options
+from infimm_fast.kernels.subimage.options import Options, Saved
 from infimm_fast.kernels.subimage.rotate import contiguous_tables, launch_rotate, rotated
 
 
 def launch_backward(
     grad: torch.Tensor,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor,
+    saved: Saved,
     options: Options,
-    *,
     gradients: tuple[torch.Tensor, ...],
-    config_kv: LaunchConfig | None = None,
-    config_q: LaunchConfig | None = None,
+    configs: Mapping[str, LaunchConfig] | None = None,
 ) -> None:
     """Fill the gradients.
 
     Args:
         grad: gradient of the output, ``[B, N, H, D]``, any strides.
-        q: as given to the forward, and so are `k`, `v` and `options`.
-        k: see `q`.
-        v: see `q`.
-        out: the forward's output.
-        lse: the forward's log-sum-exp, fp32 ``[B, H, N]``.
-        options: see `q`.
+        saved: of the forward.
+        options: of the forward.
         gradients: dq, dk and dv, written; each ``[B, N, H, D]``, last axis contiguous, views of a packed gradient too.
-        config_kv: overrides `choose_config` for dk and dv.
-        config_q: overrides `choose_config` for dq.
+        configs: override `choose_config`, by kernel: "backward_kv" for dk and dv, "backward_q" for dq.
     """
+    q, k, v, out, lse = saved
     if q.numel() == 0:
         return
     batch, tokens, heads, head_dim = q.shape
@@ -62,9 +53,10 @@ def launch_backward(
         # Rows outside every packed sequence belong to no program.
         for gradient in gradients:
             gradient.zero_()
+    configs = configs or {}
     choose: dict[str, Any] = {"head_dim": head_dim, "dtype": q.dtype, "max_len": max_tokens, "capability": capability(q)}
-    config_kv = config_kv or choose_config("backward_kv", **choose, peel=lengths is None)
-    config_q = config_q or choose_config("backward_q", **choose, peel=lengths is None)
+    config_kv = configs.get("backward_kv") or choose_config("backward_kv", **choose, peel=lengths is None)
+    config_q = configs.get("backward_q") or choose_config("backward_q", **choose, peel=lengths is None)
     align = common_alignment(q, k, v, grad, out, dq, dk, dv)
     largest = max(config_kv.block_m, config_kv.block_n, config_q.block_m, config_q.block_n, DELTA_ROWS)
     wide = rows_are_wide(largest, *(q, k, v, grad, out, dq, dk, dv))

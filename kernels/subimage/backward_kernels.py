@@ -50,7 +50,9 @@ def add_queries(dk, dv, k, v, queries, grads, lse_ptr, delta_ptr, key_index, sta
 
 
 @triton.jit
-def store_gradient(ptr, tile, batch, head, first, stored, length, stride_b, stride_n, stride_h, ROWS, T: tl.constexpr):
+def store_gradient(
+    ptr, tile, batch, head, first, stored, length, stride_b, stride_n, stride_h, ROWS: tl.constexpr, T: tl.constexpr
+):  # fmt: skip
     """Store rows from `first` on, of which `stored` exist and `length` are no padding."""
     ptr = head_start(ptr, batch, head, first, stride_b, stride_n, stride_h, T.ALIGN)
     store_tile(ptr, tile, row_offsets(ROWS, stride_n, T.ALIGN, T.WIDE), stored, length, T)

@@ -28,7 +28,7 @@ from infimm_fast.kernels.common.launch import LaunchConfig
 from infimm_fast.kernels.common.numerics import outlier_normal
 from infimm_fast.kernels.subimage.api import subimage_attention, subimage_attention_packed
 from infimm_fast.kernels.subimage.config import HEAD_DIMS, choose_config
-from infimm_fast.kernels.subimage.options import Options
+from infimm_fast.kernels.subimage.options import Options, Saved
 
 # (tiles, tokens, heads, head dim) of attention in vision towers, by published configurations. Tiles of a large picture, or
 # of the model's own limit.
@@ -229,10 +229,10 @@ class SubimageAttention(Op):
         forward = replace(job, kernel="forward")
         out, lse = inputs.get("forward") or launch_forward(q, k, v, options, config=self.config(forward))
         packed = torch.empty_like(inputs["qkv"])
-        configs = {f"config_{name}": self.config(replace(job, kernel=f"backward_{name}")) for name in ("kv", "q")}
-        configs |= {job.kernel.replace("backward", "config"): config}
+        configs = {name: self.config(replace(job, kernel=name)) for name in ("backward_kv", "backward_q")}
+        configs[job.kernel] = config
         (gradient,), gradients = inputs["gradients"], packed.unbind(2)
-        launch_backward(gradient, q, k, v, out, lse, options, gradients=gradients, **configs)
+        launch_backward(gradient, Saved(q, k, v, out, lse), options, gradients, configs)
         return out, packed
 
     def rules(self, job: Job, config: LaunchConfig) -> Rules:

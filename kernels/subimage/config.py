@@ -22,13 +22,10 @@ SHORT = 64
 
 
 class Tiling(NamedTuple):
-    """What is compiled into an attention kernel.
+    """What is compiled into an attention kernel; COVER, BLOCK_M and BLOCK_N are those of `LaunchConfig`.
 
     Attributes:
         D: head dim.
-        COVER: see `LaunchConfig`, and so are BLOCK_M and BLOCK_N.
-        BLOCK_M: see COVER.
-        BLOCK_N: see COVER.
         PEEL: 1 if the first token is taken out of the tiles, else 0.
         MASKED: blocks of the loop are masked, since the last one can be incomplete or a mask runs through them.
         ALIGN: elements in a unit of the strides.

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 
 from infimm_fast.kernels.common.launch import resolve_backend
 from infimm_fast.kernels.common.operators import attention_outputs, fresh, refuse_vmap
-from infimm_fast.kernels.subimage.options import SCHEMA, Options
+from infimm_fast.kernels.subimage.options import SCHEMA, Options, Saved
 from infimm_fast.kernels.subimage.reference import apply_rope, rotate_pairs, visible_mask
 
 # Fields of the options that hold tensors.
@@ -117,17 +117,14 @@ def _forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: Options
     return out, composite_lse(q, k, options)
 
 
-def _backward(
-    grad: torch.Tensor, tensors: tuple[torch.Tensor, ...], options: Options, gradients: tuple[torch.Tensor, ...]
-) -> None:
-    """Fill dq, dk and dv; `tensors` are q, k, v and what the forward returned."""
-    q, k, v, out, lse = tensors
-    if resolve_backend(options.backend, q) == "triton":
+def _backward(grad: torch.Tensor, saved: Saved, options: Options, gradients: tuple[torch.Tensor, ...]) -> None:
+    """Fill dq, dk and dv."""
+    if resolve_backend(options.backend, saved.q) == "triton":
         from infimm_fast.kernels.subimage.backward import launch_backward
 
-        launch_backward(grad, q, k, v, out, lse, options, gradients=gradients)
+        launch_backward(grad, saved, options, gradients)
         return
-    for target, value in zip(gradients, _composite_backward(grad, q, k, v, options), strict=True):
+    for target, value in zip(gradients, _composite_backward(grad, *saved[:3], options), strict=True):
         target.copy_(value)
 
 
@@ -145,17 +142,10 @@ def _attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *options: Any)
     mutates_args=(),
     schema=f"(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {SCHEMA}) -> (Tensor, Tensor, Tensor)",
 )
-def _attention_backward(
-    grad: torch.Tensor,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-    *options: Any,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    gradients = fresh(q), fresh(k), fresh(v)
-    _backward(grad, (q, k, v, out, lse), Options(*options), gradients)
+def _attention_backward(grad: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, ...]:
+    saved = Saved(*rest[:5])
+    gradients = tuple(fresh(x) for x in saved[:3])
+    _backward(grad, saved, Options(*rest[5:]), gradients)
     return gradients
 
 
@@ -178,7 +168,7 @@ def _attention_packed_backward(
     grad: torch.Tensor, qkv: torch.Tensor, out: torch.Tensor, lse: torch.Tensor, *options: Any
 ) -> torch.Tensor:
     gradient = fresh(qkv)
-    _backward(grad, (*qkv.unbind(2), out, lse), Options(*options), gradient.unbind(2))
+    _backward(grad, Saved(*qkv.unbind(2), out, lse), Options(*options), gradient.unbind(2))
     return gradient
 
 

@@ -1,10 +1,20 @@
-"""What the operators of sub-image attention take beside their tensors. Torch only."""
+"""What the operators of sub-image attention take. Torch only."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
 import torch
+
+
+class Saved(NamedTuple):
+    """What the backward needs of the forward: its tensors, the output, and the log-sum-exp, in the order of the schema."""
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    out: torch.Tensor
+    lse: torch.Tensor
 
 
 class Options(NamedTuple):

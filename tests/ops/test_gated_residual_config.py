@@ -7,7 +7,7 @@ import torch
 
 from infimm_fast.kernels.common.checks import KernelArgumentError
 from infimm_fast.kernels.residual.config import MAX_CHANNELS, MAX_PROGRAMS, choose_config, rows_of_programs
-from infimm_fast.kernels.residual.options import Gradients, Options
+from infimm_fast.kernels.residual.options import Gradients, Options, Saved, Tensors
 
 
 @pytest.mark.parametrize("channels", [1, 2, 24, 128, 130, 512, 513, 1024, 1280, 2047, 2048, 4096, 5120, 7168, 8192])
@@ -46,8 +46,8 @@ def test_launches_depend_on_shapes_only(norm: bool, monkeypatch: pytest.MonkeyPa
     x, y = torch.empty(2, 3, 1000, 5120, device="meta", dtype=torch.bfloat16)
     vector, keep = torch.empty(5120, device="meta"), torch.empty(3, device="meta", dtype=torch.bool)
     weight = vector if norm else None
-    out, normed = launch_forward(x, y, vector, keep, weight, weight, Options())
+    out, normed = launch_forward(Tensors(x, y, vector, keep, weight, weight), Options())
     assert out.shape == x.shape and normed.shape == (x.shape if norm else (0,))
     gradients = Gradients(x, y, vector, vector, vector)
-    launch_backward(out, normed, y, vector, keep, weight, out, Options(), gradients=gradients)
+    launch_backward(out, normed, Saved(y, vector, keep, weight, out), Options(), gradients=gradients)
     assert launched == [("forward_kernel", (1500,)), ("backward_kernel", (250,))]

@@ -17,7 +17,7 @@ from infimm_fast.kernels.interval.config import (
     choose_config,
     choose_split,
 )
-from infimm_fast.kernels.interval.options import Options
+from infimm_fast.kernels.interval.options import Options, Saved
 
 
 def test_every_row_is_a_launchable_shape() -> None:
@@ -83,7 +83,7 @@ def test_launches_depend_on_shapes_only(batch: int, tokens: int, monkeypatch: py
     k, v = torch.empty(2, 10250, 12, 64, device="meta", dtype=torch.bfloat16)
     kv_range = torch.empty(batch, tokens, 2, device="meta", dtype=torch.int64)
     out, lse = launch_forward(q, k, v, kv_range, Options(0.125))
-    launch_backward(out, q, k, v, kv_range, out, lse, Options(0.125), gradients=(q, k, v))
+    launch_backward(out, Saved(q, k, v, kv_range, out, lse), Options(0.125), (q, k, v))
     forwards = ["forward_kernel"]
     if tokens <= DECODE_TOKENS:
         forwards = ["decode_kernel", "combine_kernel"] if batch == 1 else ["plan_kernel", "decode_kernel", "combine_kernel"]

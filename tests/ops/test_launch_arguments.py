@@ -24,9 +24,15 @@ OPERATORS = {
     [(folder, name + end) for folder, names in OPERATORS.items() for name in names for end in ("", "_backward")],
 )
 def test_options_are_the_end_of_the_schema(folder: str, name: str) -> None:
-    fields = importlib.import_module(f"infimm_fast.kernels.{folder}.options").Options._fields
+    options = importlib.import_module(f"infimm_fast.kernels.{folder}.options")
     arguments = [argument.name for argument in getattr(torch.ops.infimm_fast, name).default._schema.arguments]
+    fields = options.Options._fields
     assert tuple(arguments[-len(fields) :]) == fields
+    tensors = arguments[: -len(fields)]
+    if name == "gated_residual":
+        assert tuple(tensors) == options.Tensors._fields
+    elif name.endswith("_backward") and "packed" not in name:
+        assert tuple(tensors[-len(options.Saved._fields) :]) == options.Saved._fields
 
 
 def _strided(*shape: int, gap: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
@@ -68,7 +74,7 @@ def test_launches_of_subimage_attention() -> None:
     from infimm_fast.kernels.common.offline import recorded_launches
     from infimm_fast.kernels.subimage.backward import launch_backward
     from infimm_fast.kernels.subimage.forward import launch_forward
-    from infimm_fast.kernels.subimage.options import Options
+    from infimm_fast.kernels.subimage.options import Options, Saved
 
     batch, tokens, heads, head_dim = 3, 33, 5, 64
     q, k, v, grad, out, dq, dk, dv = (_strided(batch, tokens, heads, head_dim, gap=gap) for gap in range(1, 9))
@@ -80,7 +86,7 @@ def test_launches_of_subimage_attention() -> None:
     with recorded_launches() as forward:
         launch_forward(q, k, v, options)
     with recorded_launches() as backward:
-        launch_backward(grad, q, k, v, out, lse, options, gradients=(dq, dk, dv))
+        launch_backward(grad, Saved(q, k, v, out, lse), options, (dq, dk, dv))
     sizes = {"num_tokens": tokens, "max_tokens": tokens - 2, "num_heads": heads, "prefix": 1, "rope_prefix": 1}
     known = sizes | {"scale": 0.3, "cos_ptr": cos, "sin_ptr": sin, "lengths_ptr": lengths, "lse_ptr": lse, "delta_ptr": lse}
     # Keys are rotated into a fresh tensor, and in the backward queries too; then the gradients in place.
@@ -111,7 +117,7 @@ def test_launches_of_interval_attention(batch: int, tokens: int) -> None:
     from infimm_fast.kernels.interval.backward import launch_backward
     from infimm_fast.kernels.interval.config import choose_config, choose_split
     from infimm_fast.kernels.interval.forward import launch_forward
-    from infimm_fast.kernels.interval.options import Options
+    from infimm_fast.kernels.interval.options import Options, Saved
 
     keys, heads, kv_heads, head_dim = 10250, 10, 5, 64
     q, grad, out = (_strided(batch, tokens, heads, head_dim, gap=gap) for gap in (1, 2, 3))
@@ -134,7 +140,7 @@ def test_launches_of_interval_attention(batch: int, tokens: int) -> None:
     options = Options(0.3)
     with recorded_launches() as launches:
         launch_forward(q, k[0], v[0], kv_range, options)
-        launch_backward(grad, q, k[0], v[0], kv_range, out, lse, options, gradients=(fresh, dk, dk))
+        launch_backward(grad, Saved(q, k[0], v[0], kv_range, out, lse), options, (fresh, dk, dk))
     names = ["forward_kernel"] if split is None else ["plan_kernel", "decode_kernel", "combine_kernel"]
     names += ["delta_kernel", "query_kernel", "key_value_kernel"]
     assert [one.kernel.__name__ for one in launches] == names
@@ -150,7 +156,7 @@ def test_launches_of_gated_residual() -> None:
     from infimm_fast.kernels.residual.backward import launch_backward
     from infimm_fast.kernels.residual.config import choose_config, rows_of_programs
     from infimm_fast.kernels.residual.forward import launch_forward
-    from infimm_fast.kernels.residual.options import Gradients, Options
+    from infimm_fast.kernels.residual.options import Gradients, Options, Saved, Tensors
 
     batch, tokens, channels = 3, 3001, 512
     x, y, grad, grad_normed = (_strided(batch, tokens, channels, gap=gap) for gap in (1, 2, 3, 4))
@@ -165,9 +171,10 @@ def test_launches_of_gated_residual() -> None:
         "eps": 0.5, "num_rows": rows, "rows_per_batch": tokens, "dx_ptr": out, "dy_ptr": out,
     }  # fmt: skip
     with recorded_launches() as launches:
-        launch_forward(x, y, gate, keep, weight, bias, Options(0.5))
+        launch_forward(Tensors(x, y, gate, keep, weight, bias), Options(0.5))
         gradients = Gradients(out, out, torch.empty_like(gate), torch.empty_like(weight), torch.empty_like(bias))
-        launch_backward(grad, grad_normed, y, gate, keep, weight, out, Options(0.5), gradients=gradients)
+        saved = Saved(y, gate, keep, weight, out)
+        launch_backward(grad, grad_normed, saved, Options(0.5), gradients=gradients)
     letters = {name: tensor.unsqueeze(2) for name, tensor in {"x": x, "y": y, "g": grad, "n": grad_normed}.items()}
     inputs = {"x_ptr": letters["x"], "y_ptr": letters["y"], "grad_ptr": letters["g"], "grad_normed_ptr": letters["n"]}
     assert [one.kernel.__name__ for one in launches] == ["forward_kernel", "backward_kernel"]
