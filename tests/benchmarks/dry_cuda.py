@@ -13,7 +13,6 @@ import contextlib
 import functools
 import gc
 import traceback
-import types
 import weakref
 from collections.abc import Iterator
 from typing import Any
@@ -22,7 +21,6 @@ from unittest import mock
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.nn.attention import flex_attention
 from torch.overrides import TorchFunctionMode
 from torch.utils import _device
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -44,7 +42,6 @@ _COPIES = {_aten._to_copy.default, _aten.copy_.default}
 _INDEXERS = {_aten.index.Tensor, _aten.index_put_.default, _aten._index_put_impl_.default, _aten.index_put.default}
 # Where a call that makes the host wait may be, to be named.
 _PLACES = ("/infimm_fast/", "/kernels/", "/benchmarks/", "/transformers/", "/tests/", "/export/")
-_true_device = torch._C.TensorBase.device.__get__  # type: ignore[attr-defined]
 
 
 class CaptureError(RuntimeError):
@@ -52,27 +49,20 @@ class CaptureError(RuntimeError):
 
 
 class DryCuda(TorchDispatchMode):
-    """Follows every operator; see the module.
-
-    Attributes:
-        first_node: of autograd in the graph that is being captured, or None.
-        timing: name of what is being timed, or None; the host may not wait then.
-        waits: (what was timed, operator, place in the source) of each time that the host waited while timing.
-        launches: names of the kernels that operators would have launched.
-        allocated: bytes of all tensors that are alive.
-        peak: most of them since it was set last.
-        memory: bytes of the device.
-        inside: whether an operator runs on the meta device, where tensors must say so.
-    """
+    """Follows every operator; see the module."""
 
     def __init__(self) -> None:
         super().__init__()
+        # Of autograd in the graph that is being captured; and what is being timed, when the host may not wait either.
         self.first_node: int | None = None
         self.timing: str | None = None
+        # What was timed, operator and place in the source of each time that the host waited; kernels that were launched.
         self.waits: list[tuple[str, str, str]] = []
         self.launches: list[str] = []
-        self.allocated = self.peak = 0
-        self.memory, self.inside = MEMORY, False
+        # Bytes: of the device, of all tensors that are alive, and the most of them since it was set last.
+        self.memory, self.allocated, self.peak = MEMORY, 0, 0
+        # Whether an operator runs on the meta device, where tensors must say so.
+        self.inside = False
         self._storages: set[int] = set()
 
     @classmethod
@@ -303,40 +293,37 @@ def dry_cuda() -> Iterator[DryCuda]:
         "current_device": 0,
         "get_device_name": NAME,
         "get_device_capability": (9, 0),
-        "get_device_properties": types.SimpleNamespace(L2_cache_size=50 * 2**20),
+        "get_device_properties": mock.Mock(L2_cache_size=50 * 2**20, spec_set=["L2_cache_size"]),
         "current_stream": stream,
         "empty_cache": None,
     }
-    cuda = {
-        **{name: lambda device=None, answer=answer: answer for name, answer in answers.items()},
-        "device": lambda device: contextlib.nullcontext(),
-        "mem_get_info": lambda device=None: (dry.memory - dry.allocated, dry.memory),
-        "memory_allocated": lambda device=None: dry.allocated,
-        "max_memory_allocated": lambda device=None: dry.peak,
-        "reset_peak_memory_stats": lambda device=None: setattr(dry, "peak", dry.allocated),
-        "synchronize": lambda device=None: dry.wait("torch.cuda.synchronize"),
-        "is_current_stream_capturing": lambda: dry.first_node is not None,
-        "stream": lambda stream: contextlib.nullcontext(),
-        "Stream": lambda: stream,
-        "Event": _Event,
-        "CUDAGraph": _Graph,
-        "graph": lambda graph, **options: _captures(dry, graph),
+    stand_ins = {
+        **{f"cuda.{name}": lambda device=None, answer=answer: answer for name, answer in answers.items()},
+        "cuda.device": contextlib.nullcontext,
+        "cuda.mem_get_info": lambda device=None: (dry.memory - dry.allocated, dry.memory),
+        "cuda.memory_allocated": lambda device=None: dry.allocated,
+        "cuda.max_memory_allocated": lambda device=None: dry.peak,
+        "cuda.reset_peak_memory_stats": lambda device=None: setattr(dry, "peak", dry.allocated),
+        "cuda.synchronize": lambda device=None: dry.wait("torch.cuda.synchronize"),
+        "cuda.is_current_stream_capturing": lambda: dry.first_node is not None,
+        "cuda.stream": contextlib.nullcontext,
+        "cuda.Stream": lambda: stream,
+        "cuda.Event": _Event,
+        "cuda.CUDAGraph": _Graph,
+        "cuda.graph": lambda graph, **options: _captures(dry, graph),
+        "Tensor.device": property(lambda x: CUDA if x.is_cuda else torch._C.TensorBase.device.__get__(x)),
+        "Tensor.is_cuda": property(lambda tensor: _is_meta(tensor) and not dry.inside),
+        "Tensor.is_meta": property(lambda tensor: _is_meta(tensor) and dry.inside),
+        "Generator": _Generator,
+        "compile": lambda function=None, **options: function if function is not None else lambda inner: inner,
+        "nn.Module.compile": lambda module, **options: None,
+        "nn.functional.scaled_dot_product_attention": functools.partial(_attend, F.scaled_dot_product_attention),
+        "nn.attention.flex_attention.flex_attention": _attend_flexibly,
     }
-    changes = [
-        *((torch.cuda, name, stand_in) for name, stand_in in cuda.items()),
-        (torch.Tensor, "device", property(lambda x: CUDA if _is_meta(x) and not dry.inside else _true_device(x))),
-        (torch.Tensor, "is_cuda", property(lambda tensor: _is_meta(tensor) and not dry.inside)),
-        (torch.Tensor, "is_meta", property(lambda tensor: _is_meta(tensor) and dry.inside)),
-        (torch, "Generator", _Generator),
-        (torch, "compile", lambda function=None, **options: function if function is not None else lambda inner: inner),
-        (torch.nn.Module, "compile", lambda module, **options: None),
-        (F, "scaled_dot_product_attention", functools.partial(_attend, F.scaled_dot_product_attention)),
-        (flex_attention, "flex_attention", _attend_flexibly),
-        (launch, "_device_capability", functools.cache(launch._device_capability.__wrapped__)),
-    ]
     with pytest.MonkeyPatch.context() as patch, recorded_launches(), _Redirect(), dry:
-        for change in changes:
-            patch.setattr(*change)
+        patch.setattr(launch, "_device_capability", functools.cache(launch._device_capability.__wrapped__))
+        for name, stand_in in stand_ins.items():
+            patch.setattr(f"torch.{name}", stand_in)
         yield dry
 
 
