@@ -32,17 +32,18 @@ BOTH = profile_text("forward_kernel", "backward_kernel")
 @pytest.fixture
 def main(tmp_path, monkeypatch, capsys):
     """Return what runs a tool's command with its program played: the result, the calls, what was printed and stored."""
+    calls, words = tmp_path / "calls", tmp_path / "words"
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
 
     def go(tool, text, *arguments, status=0, alone="true"):
         """The program writes down its arguments, prints `text` and ends with `status`; cases without it run `alone`."""
-        program, quoted = tmp_path / tool.PROGRAM, text.replace("'", "'\\''")
-        program.write_text(f"#!/bin/sh\necho \"$@\" >> {tmp_path}/calls\nprintf '%s\\n' '{quoted}'\nexit {status}\n")
-        program.chmod(0o755)
-        monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+        calls.touch()
+        words.write_text(f"{text}\n")
+        (tmp_path / tool.PROGRAM).write_text(f'#!/bin/sh\necho "$@" >> {calls}\ncat {words}\nexit {status}\n')
+        (tmp_path / tool.PROGRAM).chmod(0o755)
         monkeypatch.setattr(watch, "launch_command", lambda *arguments: ["sh", "-c", alone])
-        result = tool.main(["--out", str(tmp_path / "out"), *arguments])
-        calls = (tmp_path / "calls").read_text().splitlines() if (tmp_path / "calls").exists() else []
-        return result, calls, capsys.readouterr().out, tmp_path / "out"
+        result = tool.main(["--out", str(tmp_path), *arguments])
+        return result, calls.read_text().splitlines(), capsys.readouterr().out, tmp_path
 
     return go
 
