@@ -13,6 +13,7 @@ import contextlib
 import functools
 import gc
 import traceback
+import types
 import weakref
 from collections.abc import Iterator
 from typing import Any
@@ -51,6 +52,9 @@ class CaptureError(RuntimeError):
 class DryCuda(TorchDispatchMode):
     """Follows every operator; see the module."""
 
+    # Nothing is compiled here, and the wrapper would cost a tenth of the time.
+    _should_skip_dynamo = classmethod(lambda cls: False)
+
     def __init__(self) -> None:
         super().__init__()
         # Of autograd in the graph that is being captured; and what is being timed, when the host may not wait either.
@@ -64,10 +68,6 @@ class DryCuda(TorchDispatchMode):
         # Whether an operator runs on the meta device, where tensors must say so.
         self.inside = False
         self._storages: set[int] = set()
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        return False  # nothing is compiled here, and the wrapper would cost a tenth of the time
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = {name: META if _is_cuda(value) else value for name, value in (kwargs or {}).items()}
@@ -90,7 +90,9 @@ class DryCuda(TorchDispatchMode):
             result = tree_map_only(torch.Tensor, lambda value: value.to(META), values)
         else:
             result = self._shape(func, args, kwargs)
-            values = _follow_values(func, args, kwargs) if _has_values(func, result, here) else None
+            known = func not in _UNSET and all(getattr(tensor, "_dry_values", None) is not None for tensor in here)
+            small = all(not x.is_floating_point() and x.numel() <= _MOST_VALUES for x in _tensors((result,)))
+            values = _follow_values(func, args, kwargs) if known and small else None
             if func is _aten.argmax.default:
                 values = torch.zeros(result.shape, dtype=result.dtype)
         for index, made in enumerate(_tensors((result,))):
@@ -101,11 +103,11 @@ class DryCuda(TorchDispatchMode):
 
     def _shape(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Run an operator on the meta device, whose kernels must find their tensors there."""
-        before, self.inside = self.inside, True
+        self.inside = True
         try:
             return func(*args, **kwargs)
         finally:
-            self.inside = before
+            self.inside = False
 
     def _check(self, func: Any, args: Any, target: Any, here: list[torch.Tensor], elsewhere: list[torch.Tensor]) -> None:
         """Refuse what a GPU would: tensors of two devices, and under capture whatever makes the host wait."""
@@ -208,17 +210,10 @@ def _values_of(tensor: torch.Tensor, otherwise: int = 0) -> torch.Tensor:
     return torch.full(tensor.shape, otherwise, dtype=tensor.dtype) if values is None else values
 
 
-def _has_values(func: Any, result: Any, here: list[torch.Tensor]) -> bool:
-    """Whether the values of an operator's results are followed: few integers, made of known ones."""
-    small = all(not x.is_floating_point() and x.numel() <= _MOST_VALUES for x in _tensors((result,)))
-    return small and all(getattr(tensor, "_dry_values", None) is not None for tensor in here) and func not in _UNSET
-
-
 def _follow_values(func: Any, args: Any, kwargs: Any) -> Any:
     """Run an operator on the CPU, on the values of its arguments."""
     args, kwargs = tree_map_only(torch.Tensor, lambda x: _values_of(x) if _is_meta(x) else x, (args, kwargs))
-    args, kwargs = tree_map_only(torch.device, lambda device: torch.device("cpu"), (args, kwargs))
-    return func(*args, **kwargs)
+    return func(*args, **(kwargs | {"device": "cpu"} if "device" in kwargs else kwargs))
 
 
 def _place() -> str:
@@ -248,25 +243,13 @@ def _attend_flexibly(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, block_ma
     return F.scaled_dot_product_attention(q, k, v, **options)
 
 
-class _Event:
-    recorded = False
-
-    def __init__(self, enable_timing: bool) -> None:
-        assert enable_timing
-
+class _Event(types.SimpleNamespace):
     def record(self) -> None:
-        self.recorded = True
+        self.recorded = self.enable_timing
 
     def elapsed_time(self, end: _Event) -> float:
         assert self.recorded and end.recorded
         return 1.0
-
-
-class _Graph:
-    captured = False
-
-    def replay(self) -> None:
-        assert self.captured, "a graph is replayed that was never captured"
 
 
 class _Generator(torch.Generator):
@@ -275,11 +258,12 @@ class _Generator(torch.Generator):
 
 
 @contextlib.contextmanager
-def _captures(dry: DryCuda, graph: _Graph) -> Iterator[None]:
+def _captures(dry: DryCuda, graph: Any) -> Iterator[None]:
     # Numbers of autograd's nodes rise.
     with mock.patch.object(dry, "first_node", torch.autograd._get_sequence_nr()):
         yield
-    graph.captured = True
+    # Before, there is nothing to replay.
+    graph.replay = lambda: None
 
 
 @contextlib.contextmanager
@@ -293,7 +277,7 @@ def dry_cuda() -> Iterator[DryCuda]:
         "current_device": 0,
         "get_device_name": NAME,
         "get_device_capability": (9, 0),
-        "get_device_properties": mock.Mock(L2_cache_size=50 * 2**20, spec_set=["L2_cache_size"]),
+        "get_device_properties": types.SimpleNamespace(L2_cache_size=50 * 2**20),
         "current_stream": stream,
         "empty_cache": None,
     }
@@ -309,7 +293,7 @@ def dry_cuda() -> Iterator[DryCuda]:
         "cuda.stream": contextlib.nullcontext,
         "cuda.Stream": lambda: stream,
         "cuda.Event": _Event,
-        "cuda.CUDAGraph": _Graph,
+        "cuda.CUDAGraph": types.SimpleNamespace,
         "cuda.graph": lambda graph, **options: _captures(dry, graph),
         "Tensor.device": property(lambda x: CUDA if x.is_cuda else torch._C.TensorBase.device.__get__(x)),
         "Tensor.is_cuda": property(lambda tensor: _is_meta(tensor) and not dry.inside),
@@ -329,8 +313,8 @@ def dry_cuda() -> Iterator[DryCuda]:
 
 def compare_shapes(name: str, actual: torch.Tensor, plain: torch.Tensor, exact: torch.Tensor) -> numerics.Errors:
     """Stand in for the error budget: what would be compared fits together."""
-    assert actual.shape == plain.shape == exact.shape, f"{name}: {actual.shape}, {plain.shape}, {exact.shape}"
-    assert actual.device == plain.device == exact.device, f"{name}: {actual.device}, {plain.device}, {exact.device}"
+    kinds = [(x.shape, x.device) for x in (actual, plain, exact)]
+    assert kinds[0] == kinds[1] == kinds[2], f"{name}: {kinds}"
     assert actual.dtype == plain.dtype or plain.dtype == torch.float32, f"{name}: {actual.dtype}, {plain.dtype}"
     return numerics.Errors(0.0, 0.0, 1.0, 1.0)
 

@@ -15,18 +15,12 @@ from launch import cases_with, kernel_names
 
 CASE, OTHER = "gated_residual: small", "gated_residual: small, norm"
 PROFILED = "gated_residual: 2048 tokens, with backward"
-summary = "========= ERROR SUMMARY: {} errors".format
-
-
-def profile_text(*kernels):
-    return "\n".join(f"  {kernel} (2048, 1, 1)x(256, 1, 1), Context 1, Stream 7" for kernel in kernels)
+summary, launch = "========= ERROR SUMMARY: {} errors".format, "  {} (2048, 1, 1)x(256, 1, 1), Context 1, Stream 7".format
+BOTH = f"{launch('forward_kernel')}\n{launch('backward_kernel')}"
 
 
 def outcomes(file):
     return [verdict["outcome"] for verdict in json.loads(file.read_text())["verdicts"]]
-
-
-BOTH = profile_text("forward_kernel", "backward_kernel")
 
 
 @pytest.fixture
@@ -62,7 +56,7 @@ def main(tmp_path, monkeypatch, capsys):
         (sanitize, 1, "unrecognized option '--padding'", "not run", "unrecognized option"),
         (sanitize, 0, "", "not run", "ended without a word"),
         (profile_kernels, 0, BOTH, "passed", ""),
-        (profile_kernels, 0, profile_text("forward_kernel"), "failed", "no launch of backward_kernel was seen"),
+        (profile_kernels, 0, launch("forward_kernel"), "failed", "no launch of backward_kernel was seen"),
         (profile_kernels, 1, f"{BOTH}\ncase: WRONG", "failed", "case: WRONG"),
         (profile_kernels, 1, "==ERROR== ERR_NVGPUCTRPERM - no permission", "not run", "ERR_NVGPUCTRPERM - no permission"),
         (profile_kernels, 0, "case: ok", "not run", "case: ok"),
