@@ -34,13 +34,11 @@ CUDA, META = torch.device("cuda", 0), torch.device("meta")
 NAME, MEMORY = "Dry H100", 78 * 2**30
 _MOST_VALUES = 2**14
 _aten = torch.ops.aten
-# What reads values on the host, so that the host waits; none of it can be captured.
-_READING = "_local_scalar_dense equal is_nonzero nonzero masked_select unique_dim _unique2 bincount"
-_READERS = {_aten.repeat_interleave.Tensor, *(getattr(_aten, name).default for name in _READING.split())}
-_UNSET = {_aten.empty.memory_format, _aten.empty_strided.default, _aten.new_empty.default, _aten.empty_like.default}
 _COPIES = {_aten._to_copy.default, _aten.copy_.default}
 # These take indices from the host, which are copied first.
 _INDEXERS = {_aten.index.Tensor, _aten.index_put_.default, _aten._index_put_impl_.default, _aten.index_put.default}
+# What reads values on the host, so that the host waits; none of it can be captured.
+_READING = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
 # Where a call that makes the host wait may be, to be named.
 _PLACES = ("/infimm_fast/", "/kernels/", "/benchmarks/", "/transformers/", "/tests/", "/export/")
 
@@ -78,19 +76,20 @@ class DryCuda(TorchDispatchMode):
             return func(*args, **kwargs)
         if "generator" in kwargs:
             kwargs["generator"] = None
-        self._check(func, args, target, here, [tensor for tensor in tensors if not _is_meta(tensor) and tensor.dim()])
+        reads = func not in _INDEXERS and not _READING.isdisjoint(func.tags)
+        self._check(func, args, target, reads, {_is_meta(x) for x in tensors if _is_meta(x) or x.dim()})
         if func.namespace == "infimm_fast":
             return self._run_operator(func, args, kwargs)
         if func is _aten._to_copy.default and here and target is not None and target != META:
             return _values_of(here[0]).to(kwargs.get("dtype") or here[0].dtype, copy=True)
         if func is _aten._local_scalar_dense.default:
             return _values_of(here[0], otherwise=1).item()
-        if func in _READERS:
+        if reads:
             values = _follow_values(func, args, kwargs)
             result = tree_map_only(torch.Tensor, lambda value: value.to(META), values)
         else:
             result = self._shape(func, args, kwargs)
-            known = func not in _UNSET and all(getattr(tensor, "_dry_values", None) is not None for tensor in here)
+            known = "empty" not in func.__name__ and all(getattr(tensor, "_dry_values", None) is not None for tensor in here)
             small = all(not x.is_floating_point() and x.numel() <= _MOST_VALUES for x in _tensors((result,)))
             values = _follow_values(func, args, kwargs) if known and small else None
             if func is _aten.argmax.default:
@@ -109,12 +108,12 @@ class DryCuda(TorchDispatchMode):
         finally:
             self.inside = False
 
-    def _check(self, func: Any, args: Any, target: Any, here: list[torch.Tensor], elsewhere: list[torch.Tensor]) -> None:
+    def _check(self, func: Any, args: Any, target: Any, reads: bool, sides: set[bool]) -> None:
         """Refuse what a GPU would: tensors of two devices, and under capture whatever makes the host wait."""
-        indices = [index for index in args[1] if index is not None] if func in _INDEXERS else []
-        reads = func in _READERS or any(index.dtype in (torch.bool, torch.uint8) for index in indices)
-        copied = func is _aten._to_copy.default and target is not None and (target == META) != bool(here)
-        moves = copied or bool(here and elsewhere)
+        if func in _INDEXERS:
+            reads = any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1])
+        copied = func is _aten._to_copy.default and target is not None and (target == META) != _is_meta(args[0])
+        moves = copied or len(sides) == 2
         if moves and func not in _COPIES and func not in _INDEXERS:
             raise RuntimeError(f"{func}: expected all tensors to be on the same device, but some are on cuda, others on cpu")
         # A copy of nothing returns at once.
