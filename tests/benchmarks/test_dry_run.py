@@ -21,13 +21,11 @@ pytest.importorskip("triton")
 
 from infimm_fast.benchmarks import SECTIONS, document, harness, registry, timing
 from infimm_fast.benchmarks.ceilings import Ceilings
-from infimm_fast.benchmarks.harness import Settings
 from infimm_fast.benchmarks.registry import IMPLEMENTATIONS, STAGES, Implementation
 from infimm_fast.benchmarks.report import Report
 from infimm_fast.benchmarks.run import GPU_PRESET, make_plan, run_and_store
 from infimm_fast.benchmarks.suites import end_to_end, interval_attention, language, model
 from infimm_fast.benchmarks.suites.attention import naive
-from infimm_fast.benchmarks.timing import Timer
 from infimm_fast.models.infimm_hd.image_processing_infimm_hd import InfiMMHDImageProcessor
 from infimm_fast.models.infimm_hd.presets import preset
 from interpreter import load_file
@@ -118,7 +116,7 @@ def test_the_plan_of_a_gpu(dry, tmp_path, name, sections):
     """The real plan, at the real widths: inputs, references, runs, stages, graphs, report, tables, pictures and page."""
     pytest.importorskip("matplotlib")
     plan, against = make_plan(name), ("sdpa",) if name == ZEPHYR else None
-    assert run_and_store(Settings(sections, plan, 0.0, against=against), tmp_path, plot=True) == 0
+    assert run_and_store(harness.Settings(sections, plan, 0.0, against=against), tmp_path, plot=True) == 0
     (file,) = tmp_path.glob("*.json")
     report = Report.load(file)
     expected = {(op.name, case.name) for op in STAGES.values() if op.section in sections for case in op.cases(plan)}
@@ -158,7 +156,7 @@ def remarks(backward, *ones, **settings):
     """Return what is said of implementations of attention on its first case."""
     op, plan = STAGES["subimage_attention"], make_plan(**settings)
     case = next(case for case in op.cases(plan) if case.backward == backward)
-    return [row.remark for row in harness.run_case(op, case, ones, Timer(plan.device, 0.0), Ceilings(1.0, 1.0)).rows]
+    return [row.remark for row in harness.run_case(op, case, ones, timing.Timer(plan.device, 0.0), Ceilings(1.0, 1.0)).rows]
 
 
 @pytest.mark.parametrize(("prepare", "backward", "remark", "waits"), MISTAKES)
