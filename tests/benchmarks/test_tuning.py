@@ -30,6 +30,7 @@ OPS = find_ops()
 SUBIMAGE, CROSS, RESIDUAL = "subimage_attention", "interval_attention", "gated_residual"
 JOBS = [(op, job) for op in OPS.values() for job in jobs_of(op, TUNE, ("bfloat16",), (90,))]
 KERNELS = {(op.name, job.kernel): job for op, job in JOBS}
+WORK = [(SUBIMAGE, "forward"), (RESIDUAL, "forward")]
 
 
 def small_work(op, kernel):
@@ -48,11 +49,13 @@ def small_work(op, kernel):
 
 
 def tuned(folder, **settings):
-    """Return the exit status of a run, what it stored and the lines it told."""
+    """Return the exit status of a run, what it stored, "timed" or a remark for each candidate of a job, and all lines."""
     lines = []
-    status = run.tune(Settings(seconds=0.0, **settings), Path(folder), lines.append)
-    (file,) = Path(folder).glob("*.json")
-    return status, json.loads(file.read_text()), lines
+    status = run.tune(Settings(seconds=0.0, **settings), folder, lines.append)
+    (file,) = folder.glob("*.json")
+    results = json.loads(file.read_text())
+    remarks = [["timed" if one["ms"] is not None else one["remark"] for one in job["measured"]] for job in results["jobs"]]
+    return status, results, remarks, lines
 
 
 def spoiled(launch, wrong):
@@ -65,22 +68,14 @@ def spoiled(launch, wrong):
     return launched
 
 
-def tuned_small(folder, *kernels, launch=None, wrong=None, **settings):
+def tuned_small(folder, kernels, launch=None, wrong=None, **settings):
     """Run small jobs, of an op and a kernel each, with `launch` in place of the ops' own; for `wrong` see `spoiled`."""
-    work = [small_work(op, kernel) for op, kernel in kernels]
+    work, device = [small_work(op, kernel) for op, kernel in kernels], (torch.device("cpu"), 90)
     with mock.patch.multiple(timing, WARM_UPS=0, MIN_SAMPLES=1), contextlib.ExitStack() as stack:
-        device = torch.device("cpu"), 90
         stack.enter_context(mock.patch.multiple(run, find_device=lambda: device, work_of=lambda settings, arch: work))
         for op, *_ in work:
             stack.enter_context(mock.patch.object(type(op), "launch", spoiled(launch or type(op).launch, wrong)))
         return tuned(folder, **settings)
-
-
-def outcomes(folder, op, kernel="forward", **options):
-    """Return the exit status of a small job, the remark of each candidate, "timed" where it has a time, and all lines."""
-    status, results, lines = tuned_small(folder, (op, kernel), **options)
-    (job,) = results["jobs"]
-    return status, [one["remark"] if one["ms"] is None else "timed" for one in job["measured"]], lines
 
 
 def plain(self, job, inputs, config):
@@ -94,27 +89,28 @@ def plain(self, job, inputs, config):
     [*((*one, None) for one in KERNELS), (SUBIMAGE, "forward", 1), (CROSS, "backward_kv", 1), (RESIDUAL, "backward", 1)],
 )
 def test_every_kernel_runs_and_a_wrong_result_is_never_timed(interpreter, tmp_path, op, kernel, wrong):
-    small = {"folder": tmp_path, "op": op, "kernel": kernel, "wrong": wrong}
-    status, (first, second), _ = interpreter.call(__file__, "outcomes", **small)
+    found = interpreter.call(__file__, "tuned_small", folder=tmp_path, kernels=[(op, kernel)], wrong=wrong)
+    status, _, [[first, second]], _ = found
     assert status == 0 and first == "timed"
     assert second.startswith("FAILED the check") if wrong else second == "timed"
 
 
 @pytest.mark.parametrize("wrong", [0, 1])
 def test_the_exit_status_tells_a_wrong_shipped_configuration(tmp_path, wrong):
-    status, remarks, lines = outcomes(tmp_path, SUBIMAGE, launch=plain, wrong=wrong)
+    status, _, [remarks], lines = tuned_small(tmp_path, WORK[:1], launch=plain, wrong=wrong)
     assert status == (wrong == 0) and remarks.pop(1 - wrong) == "timed"
     assert any(line.startswith("!") and "FAILED the check" in line for line in lines) and "FAILED the check" in remarks[0]
 
 
 def test_a_candidate_that_raises_is_a_remark(tmp_path):
     launch = mock.Mock(side_effect=RuntimeError("out of resources\nmore"))
-    assert outcomes(tmp_path, SUBIMAGE, launch=launch)[:2] == (1, ["does not run: RuntimeError: out of resources"] * 2)
+    status, _, remarks, _ = tuned_small(tmp_path, WORK[:1], launch=launch)
+    assert status == 1 and remarks == [["does not run: RuntimeError: out of resources"] * 2]
 
 
 @pytest.mark.parametrize(("budget", "measured", "left_out"), [(None, [2, 2], 0), (1.0, [], 2)])
 def test_a_run_is_stored_and_its_budget_leaves_jobs_out(tmp_path, budget, measured, left_out):
-    status, results, lines = tuned_small(tmp_path, (SUBIMAGE, "forward"), (RESIDUAL, "forward"), launch=plain, budget=budget)
+    status, results, _, lines = tuned_small(tmp_path, WORK, launch=plain, budget=budget)
     assert status == 0 and results["format"] == run.FORMAT and "torch" in results
     assert [len(job["measured"]) for job in results["jobs"]] == measured and len(results["left_out"]) == left_out
     assert all(job["choice"] and job["again_ms"] and job["measured"][0]["errors"]["out"] for job in results["jobs"])
@@ -185,7 +181,7 @@ def test_a_dry_gpu(tmp_path):
     shorter = mock.patch.multiple(timing, WARM_UPS=1, MIN_SAMPLES=1)
     fewer = mock.patch.multiple(run, MOST=dict.fromkeys(run.MOST, 1), assert_error_budget=compare)
     with shorter, fewer, dry.dry_cuda(), recorded_launches() as launches:
-        status, results, lines = tuned(tmp_path)
+        status, results, _, lines = tuned(tmp_path)
     assert status == 0, lines
     # A sample takes 1 ms there, and a graph holds as many runs as there are sets of inputs.
     assert len(results["jobs"]) == len(JOBS) and results["ceilings"]
