@@ -10,8 +10,6 @@ from pathlib import Path
 import pytest
 
 SCRIPT = Path(__file__).parents[2] / "tools" / "bench_gpu.sh"
-# This machine's memory and cores have no say in the number of workers.
-FAKES = ("python", "nvidia-smi", "nproc")
 FAKE = r"""#!/bin/bash
 out=$(dirname "$0")/out
 case "${0##*/} $*" in
@@ -43,7 +41,8 @@ SANITIZE, PROFILE = (f"-u tools/{tool}.py --out OUT --budget N" for tool in ("sa
 def run(tmp_path, monkeypatch):
     """Return what runs the script; its result has what Python was asked, except for imports, and the folder."""
     calls, out = tmp_path / "calls", tmp_path / "out"
-    for name in FAKES:
+    # This machine's memory and cores have no say in the number of workers.
+    for name in ("python", "nvidia-smi", "nproc"):
         (tmp_path / name).write_text(FAKE)
         (tmp_path / name).chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)

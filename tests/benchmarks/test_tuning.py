@@ -63,7 +63,7 @@ def spoiled(launch, wrong):
 
     def launched(self, job, inputs, config):
         results, index = launch(self, job, inputs, config), config.num_stages - self.config(job).num_stages
-        return tuple(one * 1.01 for one in results) if index == wrong else results
+        return tuple(one * 1.001 for one in results) if index == wrong else results
 
     return launched
 
