@@ -1,9 +1,10 @@
 """The cases that NVIDIA's tools watch: they launch every kernel, and their check sees a mistake."""
 
-import ast
+import contextlib
 import importlib
 import itertools
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -29,13 +30,10 @@ FOLDERS = {op.name: type(op).__module__.split(".")[2] for op in find_ops().value
 def launched_by_source():
     """Return (module, name) of every jitted function that some launcher calls as ``kernel[grid](...)``."""
     found = set()
-    for file in (ROOT / "kernels").glob("*/*.py"):
-        tree = ast.parse(file.read_text())
-        calls = [node.func for node in ast.walk(tree) if isinstance(node, ast.Call)]
-        names = {call.value.id for call in calls if isinstance(call, ast.Subscript) and isinstance(call.value, ast.Name)}
-        if names:
-            module = importlib.import_module(f"infimm_fast.kernels.{file.parent.name}.{file.stem}")
-            found |= {(kernel.fn.__module__, kernel.fn.__name__) for kernel in (getattr(module, name) for name in names)}
+    for file in (ROOT / "kernels").glob("*/[a-z]*.py"):
+        source, module = file.read_text(), importlib.import_module(f"infimm_fast.kernels.{file.parent.name}.{file.stem}")
+        kernels = {name: value.fn for name, value in vars(module).items() if hasattr(value, "fn")}
+        found |= {(fn.__module__, fn.__name__) for name, fn in kernels.items() if re.search(rf"\b{name}\[", source)}
     return found
 
 
@@ -73,55 +71,49 @@ def test_the_peeled_case_is_peeled_wherever_it_runs():
         assert choose_config(kernel, 72, dtype, 129, capability).peel, (kernel, dtype, capability)
 
 
-def test_command(capsys):
+def test_command(capsys, monkeypatch):
     assert tool.main(["--list"]) == 0
     listed = capsys.readouterr().out.splitlines()
     assert len(listed) == len(SMALL_CASES) + len(PROFILED)
     assert listed[0].startswith("subimage_attention: small, peeled: forward_kernel")
     assert tool.main(["nonsense"]) == 2
     assert "'nonsense' is not known" in capsys.readouterr().err
-
-
-def test_a_wrong_result_ends_with_1(capsys, monkeypatch):
     monkeypatch.setattr(tool, "run_case", mock.Mock(side_effect=AssertionError("out: too large")))
     assert tool.main(["gated_residual: small", "--device", "cpu"]) == 1
     assert capsys.readouterr().out == "gated_residual: small: WRONG: out: too large\n"
 
 
-def check(name, dtype, mutation=None):
+def check(name, mutation):
     """Run a small case in the interpreter's process, with a mistake in its op's kernels if one is given."""
     from mutation import mutated
 
     op, case = SMALL_CASES[name]
     with mutated(FOLDERS[op.name], mutation):
-        tool.run_case(op, case, getattr(torch, dtype), torch.device("cpu"))
-
-
-# One of each op: the others take minutes there, and their kernels have tests of their own.
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["subimage_attention: small, window", DECODE, "gated_residual: small, norm"])
-def test_small_cases_are_right_in_the_interpreter(interpreter, name):
-    interpreter.call(__file__, "check", name=name, dtype="float16")
+        tool.run_case(op, case, torch.float16, torch.device("cpu"))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "mutation"),
     [
+        # One of each op: the others take minutes there, and their kernels have tests of their own.
+        ("subimage_attention: small, window", None),
+        (DECODE, None),
+        ("gated_residual: small, norm", None),
         (DECODE, ("decode", "first_key = low + split * share", "first_key = low + split * (share - 1)")),
         ("gated_residual: small", ("tiles", "dgate[i] * (1.0 - slope[i] * slope[i])", "dgate[i]")),
     ],
 )
-def test_mutations_are_noticed(interpreter, name, mutation):
-    with pytest.raises(AssertionError, match=r"^(out|dq|dk|dv|gate): "):
-        interpreter.call(__file__, "check", name=name, dtype="float16", mutation=mutation)
+def test_small_cases_are_right_in_the_interpreter_and_mutations_are_noticed(interpreter, name, mutation):
+    noticed = pytest.raises(AssertionError, match=r"^(out|dq|dk|dv|gate): ")
+    with noticed if mutation else contextlib.nullcontext():
+        interpreter.call(__file__, "check", name=name, mutation=mutation)
 
 
 @pytest.mark.slow
 def test_the_command_runs_in_the_interpreter():
-    arguments = ["gated_residual: small", "--device", "cpu", "--dtype", "float32"]
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    command = [sys.executable, ROOT / "tools" / "launch.py", *arguments]
+    command = [sys.executable, tool.__file__, "gated_residual: small", "--device", "cpu", "--dtype", "float32"]
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=120)
     assert done.returncode == 0 and done.stdout == "gated_residual: small: ok\n", done.stderr
 

@@ -15,34 +15,29 @@ from launch import cases_with, kernel_names
 
 CASE, OTHER = "gated_residual: small", "gated_residual: small, norm"
 PROFILED = "gated_residual: 2048 tokens, with backward"
-summary = "========= ERROR SUMMARY: {} errors".format
-
-
-def profile_text(*kernels):
-    return "\n".join(f"  {kernel} (2048, 1, 1)x(256, 1, 1), Context 1, Stream 7" for kernel in kernels)
+summary, launch = "========= ERROR SUMMARY: {} errors".format, "  {} (2048, 1, 1)x(256, 1, 1), Context 1, Stream 7".format
+BOTH = f"{launch('forward_kernel')}\n{launch('backward_kernel')}"
 
 
 def outcomes(file):
     return [verdict["outcome"] for verdict in json.loads(file.read_text())["verdicts"]]
 
 
-BOTH = profile_text("forward_kernel", "backward_kernel")
-
-
 @pytest.fixture
 def main(tmp_path, monkeypatch, capsys):
     """Return what runs a tool's command with its program played: the result, the calls, what was printed and stored."""
+    calls, words = tmp_path / "calls", tmp_path / "words"
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
 
     def go(tool, text, *arguments, status=0, alone="true"):
         """The program writes down its arguments, prints `text` and ends with `status`; cases without it run `alone`."""
-        program, quoted = tmp_path / tool.PROGRAM, text.replace("'", "'\\''")
-        program.write_text(f"#!/bin/sh\necho \"$@\" >> {tmp_path}/calls\nprintf '%s\\n' '{quoted}'\nexit {status}\n")
-        program.chmod(0o755)
-        monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+        calls.touch()
+        words.write_text(f"{text}\n")
+        (tmp_path / tool.PROGRAM).write_text(f'#!/bin/sh\necho "$@" >> {calls}\ncat {words}\nexit {status}\n')
+        (tmp_path / tool.PROGRAM).chmod(0o755)
         monkeypatch.setattr(watch, "launch_command", lambda *arguments: ["sh", "-c", alone])
-        result = tool.main(["--out", str(tmp_path / "out"), *arguments])
-        calls = (tmp_path / "calls").read_text().splitlines() if (tmp_path / "calls").exists() else []
-        return result, calls, capsys.readouterr().out, tmp_path / "out"
+        result = tool.main(["--out", str(tmp_path), *arguments])
+        return result, calls.read_text().splitlines(), capsys.readouterr().out, tmp_path
 
     return go
 
@@ -61,7 +56,7 @@ def main(tmp_path, monkeypatch, capsys):
         (sanitize, 1, "unrecognized option '--padding'", "not run", "unrecognized option"),
         (sanitize, 0, "", "not run", "ended without a word"),
         (profile_kernels, 0, BOTH, "passed", ""),
-        (profile_kernels, 0, profile_text("forward_kernel"), "failed", "no launch of backward_kernel was seen"),
+        (profile_kernels, 0, launch("forward_kernel"), "failed", "no launch of backward_kernel was seen"),
         (profile_kernels, 1, f"{BOTH}\ncase: WRONG", "failed", "case: WRONG"),
         (profile_kernels, 1, "==ERROR== ERR_NVGPUCTRPERM - no permission", "not run", "ERR_NVGPUCTRPERM - no permission"),
         (profile_kernels, 0, "case: ok", "not run", "case: ok"),
