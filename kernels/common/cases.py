@@ -236,8 +236,14 @@ def load_op(folder: Path) -> Op:
     assert spec is not None and spec.loader is not None
     package = importlib.util.module_from_spec(spec)
     sys.modules[folder.name] = package
-    spec.loader.exec_module(package)
-    return register_op(importlib.import_module(f"{folder.name}.cases").OP)
+    try:
+        spec.loader.exec_module(package)
+        return register_op(importlib.import_module(f"{folder.name}.cases").OP)
+    except BaseException:
+        # Nothing half-made is left behind: mended, the folder can be loaded again.
+        for name in [name for name in sys.modules if f"{name}.".startswith(f"{folder.name}.")]:
+            del sys.modules[name]
+        raise
 
 
 def find_ops() -> dict[str, Op]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 import textwrap
 from collections.abc import Iterator
@@ -144,6 +145,17 @@ def test_it_is_known_once(op: Op, folder: Path) -> None:
         register_op(type(op)())
     with pytest.raises(KernelArgumentError, match="module named 'affine' already"):
         load_op(folder.parent / "elsewhere" / "affine")
+
+
+def test_what_cannot_be_imported_leaves_nothing_behind(folder: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(folder, broken)
+    (broken / "cases.py").write_text("raise ImportError('not yet')")
+    with mock.patch.dict(cases._REGISTERED), mock.patch.dict(sys.modules):
+        for _ in range(2):
+            with pytest.raises(ImportError, match="not yet"):
+                load_op(broken)
+        assert not [name for name in sys.modules if name.partition(".")[0] == "broken"] and "broken" not in find_ops()
 
 
 def test_the_gate_judges_it(op: Op) -> None:
