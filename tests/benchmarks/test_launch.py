@@ -96,16 +96,13 @@ def check(name, mutation):
 @pytest.mark.parametrize(
     ("name", "mutation"),
     [
-        # One of each op: the others take minutes there, and their kernels have tests of their own.
-        ("subimage_attention: small, window", None),
-        (DECODE, None),
-        ("gated_residual: small, norm", None),
+        *((name, None) for name in SMALL_CASES),
         (DECODE, ("decode", "first_key = low + split * share", "first_key = low + split * (share - 1)")),
         ("gated_residual: small", ("tiles", "dgate[i] * (1.0 - slope[i] * slope[i])", "dgate[i]")),
     ],
 )
 def test_small_cases_are_right_in_the_interpreter_and_mutations_are_noticed(interpreter, name, mutation):
-    noticed = pytest.raises(AssertionError, match=r"^(out|dq|dk|dv|gate): ")
+    noticed = pytest.raises(AssertionError, match=r"^(out|lse|dq|dk|dv|gate): ")
     with noticed if mutation else contextlib.nullcontext():
         interpreter.call(__file__, "check", name=name, mutation=mutation)
 

@@ -21,7 +21,7 @@ from infimm_fast.errors import ConfigurationError
 from infimm_fast.kernels.common.cases import TUNE, Case, Job, find_ops, jobs_of
 from infimm_fast.kernels.common.offline import recorded_launches
 from infimm_fast.kernels.interval import config, decode
-from infimm_fast.kernels.interval.cases import make_sizes
+from infimm_fast.kernels.interval.cases import make_sizes, visual_tokens
 from infimm_fast.kernels.residual import config as residual_config
 from interpreter import load_file
 
@@ -30,6 +30,7 @@ OPS = find_ops()
 SUBIMAGE, CROSS, RESIDUAL = "subimage_attention", "interval_attention", "gated_residual"
 JOBS = [(op, job) for op in OPS.values() for job in jobs_of(op, TUNE, ("bfloat16",), (90,))]
 KERNELS = {(op.name, job.kernel): job for op, job in JOBS}
+compiles = pytest.mark.skipif(bool(os.environ.get("TRITON_INTERPRET")), reason="the interpreter compiles nothing")
 WORK = [(SUBIMAGE, "forward"), (RESIDUAL, "forward")]
 
 
@@ -69,13 +70,20 @@ def spoiled(launch, wrong):
 
 
 def tuned_small(folder, kernels, launch=None, wrong=None, **settings):
-    """Run small jobs, of an op and a kernel each, with `launch` in place of the ops' own; for `wrong` see `spoiled`."""
+    """Run small jobs, of an op and a kernel each, with `launch` in place of the ops' own; for `wrong` see `spoiled`.
+
+    Return what `tuned` does. What has no time in the results was never timed.
+    """
     work, device = [small_work(op, kernel) for op, kernel in kernels], (torch.device("cpu"), 90)
     with mock.patch.multiple(timing, WARM_UPS=0, MIN_SAMPLES=1), contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.multiple(run, find_device=lambda: device, work_of=lambda settings, arch: work))
         for op, *_ in work:
             stack.enter_context(mock.patch.object(type(op), "launch", spoiled(launch or type(op).launch, wrong)))
-        return tuned(folder, **settings)
+        watched = stack.enter_context(mock.patch.object(run, "time_candidate", wraps=run.time_candidate))
+        found = tuned(folder, **settings)
+    timed = {(op.name, candidate.label) for (op, _, candidate, *_), _ in watched.call_args_list}
+    assert timed == {(job["op"], x["label"]) for job in found[1]["jobs"] for x in job["measured"] if x["ms"] is not None}
+    return found
 
 
 def plain(self, job, inputs, config):
@@ -143,6 +151,12 @@ def test_constants_are_set_where_they_are_used_and_put_back():
     with constants_set(OPS[CROSS], job, {"MIN_BLOCKS_PER_UNIT": 4}):
         assert (config.MIN_BLOCKS_PER_UNIT, decode.MIN_BLOCKS_PER_UNIT) == (4, 4)
     assert before == (config.MIN_BLOCKS_PER_UNIT, decode.MIN_BLOCKS_PER_UNIT)
+    sizes, pools = job.case.sizes, []
+    for pool in (1200, 12000):
+        with constants_set(OPS[CROSS], job, {"TARGET_POOL": pool}):
+            split = config.choose_split(sizes["rows"], 1, 1, sizes["heads"], visual_tokens(sizes), OPS[CROSS].config(job))
+            pools.append(split.pool)
+    assert pools == [100, 1000]
     table = dict(residual_config.MAX_PROGRAMS)
     with constants_set(OPS[RESIDUAL], KERNELS[RESIDUAL, "forward"], {"MAX_PROGRAMS": 7}):
         assert table | {"forward": 7} == residual_config.MAX_PROGRAMS
@@ -190,7 +204,7 @@ def test_a_dry_gpu(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(bool(os.environ.get("TRITON_INTERPRET")), reason="the interpreter compiles nothing")
+@compiles
 def test_the_compiler_drops_a_serialised_candidate():
     from tuning_plan import assess
 
@@ -198,6 +212,27 @@ def test_the_compiler_drops_a_serialised_candidate():
     shipped = candidates_of(op, job)[0]
     crowded = Candidate(replace(shipped.config, num_stages=2, max_registers=128))
     assert "serialised" in assess(op, job, crowded)["dropped"] and assess(op, job, shipped)["dropped"] == ""
+
+
+@pytest.mark.slow
+@compiles
+def test_a_plan_is_made(tmp_path):
+    import tuning_plan
+
+    file, job = tmp_path / "plan.json", KERNELS[RESIDUAL, "forward"]
+    tuning_plan.main(["--out", str(file), "--op", RESIDUAL, "--kernel", "forward", "--processes", "1"])
+    ((key, dropped),) = read_plan(file).items()
+    labels = [one.label for one in candidates_of(OPS[RESIDUAL], job)]
+    assert key == (RESIDUAL, "forward", job.case.name) and labels[0] not in dropped and set(dropped) <= set(labels)
+    (stored,) = json.loads(file.read_text())["jobs"]
+    assert [one["label"] for one in stored["candidates"]] == labels and stored["candidates"][0]["code"]["registers"] > 0
+
+
+@pytest.mark.slow
+def test_compiling_beforehand_ends_with_its_share_of_the_budget():
+    lines = []
+    run.compile_all([small_work(SUBIMAGE, "forward")], Settings(budget=0.0, processes=1), lines.append)
+    assert lines == ["not all of 2 candidates were compiled beforehand: TimeoutError"]
 
 
 @pytest.mark.slow

@@ -16,16 +16,18 @@ from launch import cases_with, kernel_names
 CASE, OTHER = "gated_residual: small", "gated_residual: small, norm"
 PROFILED = "gated_residual: 2048 tokens, with backward"
 summary, launch = "========= ERROR SUMMARY: {} errors".format, "  {} (2048, 1, 1)x(256, 1, 1), Context 1, Stream 7".format
+races = "========= COMPUTE-SANITIZER\n========= RACECHECK SUMMARY: {} hazards displayed ({} errors, {} warnings)".format
 BOTH = f"{launch('forward_kernel')}\n{launch('backward_kernel')}"
-
-
-def outcomes(file):
-    return [verdict["outcome"] for verdict in json.loads(file.read_text())["verdicts"]]
+# Of each tool: a case, all cases, and the file of the verdicts.
+TOOLS = {
+    sanitize: (CASE, cases_with(SMALL), "sanitize.json"),
+    profile_kernels: (PROFILED, cases_with(PROFILE), "profile.json"),
+}
 
 
 @pytest.fixture
 def main(tmp_path, monkeypatch, capsys):
-    """Return what runs a tool's command with its program played: the result, the calls, what was printed and stored."""
+    """Return what runs a tool's command with its program played: the result, the calls, what was printed, the verdicts."""
     calls, words = tmp_path / "calls", tmp_path / "words"
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
 
@@ -33,11 +35,14 @@ def main(tmp_path, monkeypatch, capsys):
         """The program writes down its arguments, prints `text` and ends with `status`; cases without it run `alone`."""
         calls.touch()
         words.write_text(f"{text}\n")
-        (tmp_path / tool.PROGRAM).write_text(f'#!/bin/sh\necho "$@" >> {calls}\ncat {words}\nexit {status}\n')
+        call = 'echo "${PYTORCH_NO_CUDA_MEMORY_CACHING:-cached}'
+        (tmp_path / tool.PROGRAM).write_text(f'#!/bin/sh\n{call} $@" >> {calls}\ncat {words}\nexit {status}\n')
         (tmp_path / tool.PROGRAM).chmod(0o755)
-        monkeypatch.setattr(watch, "launch_command", lambda *arguments: ["sh", "-c", alone])
+        script = f'{call} alone $0" >> {calls}; {alone}'
+        monkeypatch.setattr(watch, "launch_command", lambda name: ["sh", "-c", script, name])
         result = tool.main(["--out", str(tmp_path), *arguments])
-        return result, calls.read_text().splitlines(), capsys.readouterr().out, tmp_path
+        verdicts = json.loads((tmp_path / TOOLS[tool][-1]).read_text())["verdicts"]
+        return result, calls.read_text().splitlines(), capsys.readouterr().out, verdicts
 
     return go
 
@@ -48,6 +53,8 @@ def main(tmp_path, monkeypatch, capsys):
         (sanitize, 0, summary(0), "passed", ""),
         (sanitize, 0, "========= RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)", "passed", ""),
         (sanitize, 99, f"========= COMPUTE-SANITIZER\n========= Invalid read\n{summary(2)}", "failed", "Invalid read"),
+        (sanitize, 0, races(2, 0, 2), "passed", ""),
+        (sanitize, 99, races(2, 1, 1), "failed", "RACECHECK SUMMARY: 2 hazards displayed (1 errors, 1 warnings)"),
         (sanitize, 1, f"case: WRONG: out\n{summary(0)}", "failed", "case: WRONG: out"),
         (sanitize, -11, summary(0), "failed", "ended without a word"),
         # A tool that watched nothing must never look clean.
@@ -63,46 +70,78 @@ def main(tmp_path, monkeypatch, capsys):
     ],
 )
 def test_what_the_tools_say(tool, status, output, outcome, words):
-    case = {sanitize: CASE, profile_kernels: PROFILED}[tool]
-    assert tool.judge(case, status, output) == (outcome, words)
+    assert tool.judge(TOOLS[tool][0], status, output) == (outcome, words)
 
 
-def test_every_tool_watches_every_case(main):
-    result, calls, printed, out = main(sanitize, summary(0), "--cases", CASE, OTHER)
-    assert result == watch.PASSED and "memcheck: 2 passed, 0 failed, 0 not run" in printed
-    assert {line.split()[1] for line in calls} == set(sanitize.TOOLS) and len(calls) == 8
-    assert sum(line.endswith(f"launch.py {CASE}") for line in calls) == 4
-    assert all("--error-exitcode 99" in line for line in calls)
-    assert sum("--padding 65536" in line for line in calls) == 2
-    assert outcomes(out / "sanitize.json") == ["passed"] * 8
-    assert summary(0) in (out / "racecheck.txt").read_text()
+@pytest.mark.parametrize("chosen", [[], ["--cases", CASE, OTHER]], ids=["all", "two"])
+def test_every_tool_watches_every_case_after_it_ran_alone(main, tmp_path, chosen):
+    names = chosen[1:] or list(cases_with(SMALL))
+    count, expected = len(names), {(tool, name) for tool in sanitize.TOOLS for name in names}
+    result, calls, printed, verdicts = main(sanitize, summary(0), *chosen)
+    assert result == watch.PASSED and f"memcheck: {count} passed, 0 failed, 0 not run" in printed
+    # Their kernels are compiled before a tool slows everything; then no allocation lies inside a larger one.
+    assert sorted(calls[:count]) == sorted(f"cached alone {name}" for name in names)
+    watched = calls[count:]
+    assert all(line.startswith("1 --tool ") and "--error-exitcode 99" in line for line in watched)
+    assert {(line.split()[2], line.partition("launch.py ")[2]) for line in watched} == expected
+    assert sum("--padding 65536" in line for line in watched) == count
+    assert {(one["tool"], one["case"], one["outcome"]) for one in verdicts} == {(*pair, "passed") for pair in expected}
+    assert len(watched) == len(verdicts) == len(expected) == 4 * count
+    assert summary(0) in (tmp_path / "racecheck.txt").read_text()
 
 
-def test_errors_and_what_fails_alone_end_with_1(main):
-    arguments, race = ("--cases", CASE, "--tools", "racecheck"), f"========= Race\n{summary(1)}"
-    result, _, printed, _ = main(sanitize, race, *arguments, status=99, alone="echo case: WRONG; exit 1")
-    assert result == watch.FAILED
-    assert f"alone, {CASE}: failed: case: WRONG" in printed and f"racecheck, {CASE}: failed: Race" in printed
+@pytest.mark.parametrize(
+    ("text", "status", "outcome"), [(f"========= Race\n{summary(1)}", 99, "failed"), (summary(0), 0, "passed")]
+)
+def test_errors_and_what_fails_alone_end_with_1(main, text, status, outcome):
+    arguments = ("--cases", CASE, "--tools", "racecheck")
+    result, _, printed, verdicts = main(sanitize, text, *arguments, status=status, alone="echo case: WRONG; exit 1")
+    found = [(one["tool"], one["outcome"]) for one in verdicts]
+    assert result == watch.FAILED and found == [("alone", "failed"), ("racecheck", outcome)]
+    assert f"alone, {CASE}: failed: case: WRONG" in printed
+    assert (f"racecheck, {CASE}: failed: Race" in printed) == (outcome == "failed")
 
 
-def test_ncu_sees_the_second_run_of_every_case(main):
-    result, (call,), _, out = main(profile_kernels, BOTH, "--cases", PROFILED)
-    assert result == watch.PASSED and "forward_kernel (2048" in (out / "ncu.txt").read_text()
+@pytest.mark.parametrize(
+    ("found", "status"),
+    [(["passed"], 0), (["passed", "not run"], 3), ([], 3), (["not run", "failed"], 1), (["passed", "failed"], 1)],
+)
+def test_what_was_not_run_is_no_success(tmp_path, found, status):
+    assert watch.finish(tmp_path / "file.json", [watch.Verdict("memcheck", CASE, one) for one in found]) == status
+
+
+def test_ncu_sees_the_second_run_of_every_case(main, tmp_path):
+    result, (alone, call), *_ = main(profile_kernels, BOTH, "--cases", PROFILED)
+    assert result == watch.PASSED and "forward_kernel (2048" in (tmp_path / "ncu.txt").read_text()
+    assert alone == f"cached alone {PROFILED}" and "--clock-control none" in call
     assert call.endswith(f"launch.py --profile {PROFILED}") and "regex:^(forward_kernel|backward_kernel)$" in call
     assert "--profile-from-start off" in call and "--section SpeedOfLight" in call
 
 
-@pytest.mark.parametrize(("tool", "name"), [(sanitize, "sanitize.json"), (profile_kernels, "profile.json")])
-def test_a_missing_program_is_not_run(tmp_path, monkeypatch, tool, name):
-    monkeypatch.setattr(tool.shutil, "which", lambda program: None)
-    assert tool.main(["--out", str(tmp_path)]) == watch.NOT_RUN
-    found = outcomes(tmp_path / name)
-    assert len(found) >= 10 and set(found) == {"not run"}
-
-
-def test_what_has_no_time_is_not_run(main):
-    result, calls, *_ = main(sanitize, summary(0), "--cases", CASE, "--tools", "memcheck", "--budget", "1")
+@pytest.mark.parametrize("tool", TOOLS)
+@pytest.mark.parametrize("installed", [True, False])
+def test_what_has_no_program_or_no_time_is_not_run(main, monkeypatch, tool, installed):
+    if not installed:
+        monkeypatch.setattr(tool.shutil, "which", lambda program: None)
+    words = "no time left" if installed else f"{tool.PROGRAM} is not installed"
+    result, calls, printed, verdicts = main(tool, summary(0), "--budget", "1" if installed else "300")
     assert result == watch.NOT_RUN and not calls
+    name, cases, _ = TOOLS[tool]
+    assert {one["case"] for one in verdicts} == set(cases) and len(verdicts) >= 10
+    assert {(one["outcome"], one["words"]) for one in verdicts} == {("not run", words)}
+    assert f"{name}: not run: {words}\n" in printed
+
+
+def test_what_is_ended_is_not_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(watch, "START_SECONDS", 0.0)
+    some = watch.Watch(tmp_path, time.monotonic() + 0.5, 1)
+    (verdict,) = some.all("memcheck", [CASE], lambda name: ["sleep", "60"], sanitize.judge)
+    assert (verdict.outcome, verdict.words) == ("not run", "ended: no time left")
+
+
+def test_output_and_status_of_a_process():
+    command = ["sh", "-c", "echo out; echo $WORD >&2; exit 5"]
+    assert watch.run_process(command, 10, {"WORD": "heard"}) == (5, "out\nheard\n")
 
 
 def test_a_process_that_takes_too_long_ends_with_all_it_started():
