@@ -24,6 +24,8 @@ from infimm_fast.kernels.interval import config, decode
 from infimm_fast.kernels.interval.cases import make_sizes, visual_tokens
 from infimm_fast.kernels.residual import config as residual_config
 from interpreter import load_file
+from tuning_plan import assess
+from tuning_plan import main as make_plan
 
 PLAN = Path(__file__).parents[2] / "benchmarks" / "results" / "tuning_plan_sm90.json"
 OPS = find_ops()
@@ -70,10 +72,7 @@ def spoiled(launch, wrong):
 
 
 def tuned_small(folder, kernels, launch=None, wrong=None, **settings):
-    """Run small jobs, of an op and a kernel each, with `launch` in place of the ops' own; for `wrong` see `spoiled`.
-
-    Return what `tuned` does. What has no time in the results was never timed.
-    """
+    """Run small jobs, of an op and a kernel each, by `launch` if given; see that a refused candidate is never timed."""
     work, device = [small_work(op, kernel) for op, kernel in kernels], (torch.device("cpu"), 90)
     with mock.patch.multiple(timing, WARM_UPS=0, MIN_SAMPLES=1), contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.multiple(run, find_device=lambda: device, work_of=lambda settings, arch: work))
@@ -151,12 +150,11 @@ def test_constants_are_set_where_they_are_used_and_put_back():
     with constants_set(OPS[CROSS], job, {"MIN_BLOCKS_PER_UNIT": 4}):
         assert (config.MIN_BLOCKS_PER_UNIT, decode.MIN_BLOCKS_PER_UNIT) == (4, 4)
     assert before == (config.MIN_BLOCKS_PER_UNIT, decode.MIN_BLOCKS_PER_UNIT)
-    sizes, pools = job.case.sizes, []
-    for pool in (1200, 12000):
-        with constants_set(OPS[CROSS], job, {"TARGET_POOL": pool}):
+    sizes = job.case.sizes
+    for target, pool in ((1200, 100), (12000, 1000)):
+        with constants_set(OPS[CROSS], job, {"TARGET_POOL": target}):
             split = config.choose_split(sizes["rows"], 1, 1, sizes["heads"], visual_tokens(sizes), OPS[CROSS].config(job))
-            pools.append(split.pool)
-    assert pools == [100, 1000]
+        assert split.pool == pool
     table = dict(residual_config.MAX_PROGRAMS)
     with constants_set(OPS[RESIDUAL], KERNELS[RESIDUAL, "forward"], {"MAX_PROGRAMS": 7}):
         assert table | {"forward": 7} == residual_config.MAX_PROGRAMS
@@ -206,8 +204,6 @@ def test_a_dry_gpu(tmp_path):
 @pytest.mark.slow
 @compiles
 def test_the_compiler_drops_a_serialised_candidate():
-    from tuning_plan import assess
-
     op, job = next((op, job) for op, job in JOBS if op.name == SUBIMAGE and op.width(job.case) == 112)
     shipped = candidates_of(op, job)[0]
     crowded = Candidate(replace(shipped.config, num_stages=2, max_registers=128))
@@ -217,10 +213,8 @@ def test_the_compiler_drops_a_serialised_candidate():
 @pytest.mark.slow
 @compiles
 def test_a_plan_is_made(tmp_path):
-    import tuning_plan
-
     file, job = tmp_path / "plan.json", KERNELS[RESIDUAL, "forward"]
-    tuning_plan.main(["--out", str(file), "--op", RESIDUAL, "--kernel", "forward", "--processes", "1"])
+    make_plan(["--out", str(file), "--op", RESIDUAL, "--kernel", "forward", "--processes", "1"])
     ((key, dropped),) = read_plan(file).items()
     labels = [one.label for one in candidates_of(OPS[RESIDUAL], job)]
     assert key == (RESIDUAL, "forward", job.case.name) and labels[0] not in dropped and set(dropped) <= set(labels)
