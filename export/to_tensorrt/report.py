@@ -28,7 +28,7 @@ _LAYER = re.compile(
 
 @dataclass(frozen=True)
 class Layer:
-    """One layer of an engine, and the ONNX nodes that it computes; a type is "gemm", "kgen", "PluginV3", a tactic a kernel."""
+    """One layer of an engine, its kernel where that has a name, and the ONNX nodes that it computes."""
 
     name: str
     type: str
