@@ -28,7 +28,14 @@ _LAYER = re.compile(
 
 @dataclass(frozen=True)
 class Layer:
-    """One layer of an engine, its kernel where that has a name, and the ONNX nodes that it computes."""
+    """One layer of an engine.
+
+    Attributes:
+        name: as TensorRT names it.
+        type: "gemm", "kgen", "PluginV3", ...
+        tactic: the kernel, where it has a name.
+        nodes: the ONNX nodes that it computes.
+    """
 
     name: str
     type: str
