@@ -51,11 +51,11 @@ def subimage_source(
         packed: one tensor ``[B, N, 3, H, D]`` in place of three ``[B, N, H, D]``.
         causal: a token sees no later token of its tile.
     """
-    from infimm_fast.export.to_kernels import entries
+    from infimm_fast.export.to_kernels.subimage_entries import subimage_attention_entry, subimage_attention_packed_entry
 
     config, masked = subimage_config(head_dim, dtype, tokens, sm)
     inputs = ("qkv_ptr",) if packed else ("q_ptr", "k_ptr", "v_ptr")
-    kernel = entries.subimage_attention_packed_entry if packed else entries.subimage_attention_entry
+    kernel = subimage_attention_packed_entry if packed else subimage_attention_entry
     name = f"*{TYPE_NAMES[dtype]}"
     constants = {
         "H": heads,
@@ -92,14 +92,14 @@ def cross_attention_source(
         scale: multiplies the scores.
         rows: queries that read one KV head in one batch row; only its bucket decides.
     """
-    from infimm_fast.export.to_kernels import entries
+    from infimm_fast.export.to_kernels.interval_entries import interval_attention_entry
 
     config = choose_cross_config("decode" if rows <= DECODE_TOKENS else "forward", head_dim, dtype, rows, sm)
     name = f"*{TYPE_NAMES[dtype]}"
     signature = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr"), name) | {"range_ptr": f"*{TYPE_NAMES[index]}"}
     signature |= {"num_tokens": "i32", "num_keys": "i32", "out_ptr": name}
     constants = {"H": heads, "SCALE": scale, **tile_constants(config, head_dim), "GROUP": heads // kv_heads}
-    return _source(entries.interval_attention_entry, signature, constants, config)
+    return _source(interval_attention_entry, signature, constants, config)
 
 
 def tile_constants(config: LaunchConfig, head_dim: int) -> dict[str, Any]:

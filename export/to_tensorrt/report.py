@@ -28,7 +28,14 @@ _LAYER = re.compile(
 
 @dataclass(frozen=True)
 class Layer:
-    """One layer of an engine, and the ONNX nodes that it computes; a type is "gemm", "kgen", "PluginV3", a tactic a kernel."""
+    """One layer of an engine.
+
+    Attributes:
+        name: as TensorRT names it.
+        type: "gemm", "kgen", "PluginV3", ...
+        tactic: the kernel, where it has a name.
+        nodes: the ONNX nodes that it computes.
+    """
 
     name: str
     type: str

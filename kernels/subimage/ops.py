@@ -168,7 +168,8 @@ def _attention_packed_backward(
     grad: torch.Tensor, qkv: torch.Tensor, out: torch.Tensor, lse: torch.Tensor, *options: Any
 ) -> torch.Tensor:
     gradient = fresh(qkv)
-    _backward(grad, Saved(*qkv.unbind(2), out, lse), Options(*options), gradient.unbind(2))
+    q, k, v = qkv.unbind(2)
+    _backward(grad, Saved(q, k, v, out, lse), Options(*options), gradient.unbind(2))
     return gradient
 
 

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -30,6 +31,7 @@ from infimm_fast.kernels.common.numerics import outlier_normal
 from infimm_fast.models.infimm_hd.configuration_infimm_hd import InfiMMHDConfig, InfiMMHDVisionConfig
 from infimm_fast.models.infimm_hd.modeling_infimm_hd import InfiMMHDForConditionalGeneration
 from infimm_fast.models.infimm_hd.presets import preset
+from interpreter import load_file
 
 FAMILY = InfiMMHD()
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
@@ -227,6 +229,32 @@ def test_twins_show_their_kernels() -> None:
     targets = [str(node.target) for node in graph.graph.nodes if node.op == "call_function"]
     assert targets.count("triton_kernel_wrapper_functional") == 2
     assert not any("subimage_attention_packed" in target or "interval_attention" in target for target in targets)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("op", ["subimage", "interval"])
+def test_what_a_compiler_copies_of_a_kernel_is_whole(op: str, tmp_path: Path) -> None:
+    """A package is compiled from source that PyTorch puts together; it gives the same code as ours."""
+    pytest.importorskip("triton", reason="needs triton")
+    if os.environ.get("TRITON_INTERPRET"):
+        pytest.skip("the interpreter compiles nothing")
+    from torch._inductor.codegen.wrapper import user_defined_triton_kernel_transitive_closure_source_code
+
+    from infimm_fast.export.to_kernels.sources import cross_attention_source, subimage_source
+    from infimm_fast.kernels.common.offline import compile_source
+
+    source = (
+        subimage_source(4, 72, torch.bfloat16, 1025, 90, 0.1, packed=True)
+        if op == "subimage"
+        else cross_attention_source(4, 2, 72, torch.bfloat16, torch.int64, 90, 0.1)
+    )
+    copied = user_defined_triton_kernel_transitive_closure_source_code(source.kernel)
+    decorator = "@triton.jit(do_not_specialize=['num_tokens', 'num_keys'])"
+    file = tmp_path / f"copied_{op}.py"
+    file.write_text(f"import triton\nimport triton.language as tl\n\n{decorator}\n{copied}")
+    kernel = getattr(load_file(file), source.kernel.__name__)
+    ours, theirs = (compile_source(replace(source, kernel=one), 90).ptx for one in (source.kernel, kernel))
+    assert ours == theirs
 
 
 @pytest.mark.gpu

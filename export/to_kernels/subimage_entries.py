@@ -1,10 +1,12 @@
-"""Kernels with the shortest parameter lists, for callers that are no Python: contiguous tensors in, one tensor out.
+"""Sub-image attention with the shortest parameter lists, for callers that are no Python: contiguous tensors in, one out.
 
 The launchers' kernels take every stride as an argument. These entries derive the strides from head counts and head dims
 that are compiled in; what remains are the inputs' pointers, the lengths that vary, as int32, and the output's pointer.
-TensorRT passes a plugin's kernel exactly that. Flags and floats are constants, one by one: a compiler that takes a kernel
-over (`to_aoti`) writes them into source, where it could not name the op's class of constants. So the functions that make
-one import it themselves.
+TensorRT passes a plugin's kernel exactly that. Flags and floats are constants.
+
+A compiler that takes an entry into a package (`to_aoti`) copies its source and that of all it calls, each under its own
+name, and writes the constants down. So nothing is imported under another name, the constants come one by one, and what
+makes a NamedTuple of them imports its class itself.
 """
 
 from __future__ import annotations
@@ -12,8 +14,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from infimm_fast.kernels.interval.forward import forward_kernel as cross_attention_kernel
-from infimm_fast.kernels.subimage.forward import forward_kernel as subimage_kernel
+from infimm_fast.kernels.subimage.forward import forward_kernel
 
 # Contiguous rows of a head dim that is a multiple of 8 start at multiples of 8 elements.
 ALIGN = tl.constexpr(8)
@@ -25,14 +26,6 @@ def subimage_tiling(head_dim, cover, block_m, block_n, peel, masked, causal, ali
     from infimm_fast.kernels.subimage.config import Tiling
 
     return Tiling(head_dim, tuple(cover), block_m, block_n, peel, masked, ALIGN=align, WIDE=False, CAUSAL=causal)
-
-
-@triton.constexpr_function
-def interval_tiling(head_dim, cover, block_m, block_n, group, align):
-    """Return the constants of interval attention."""
-    from infimm_fast.kernels.interval.config import Tiling
-
-    return Tiling(head_dim, tuple(cover), block_m, block_n, group, ALIGN=align, WIDE=False)
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
@@ -72,30 +65,10 @@ def attend_tiles(
     stride_n = nothing + TOKEN_STRIDE // ALIGN
     stride_h = nothing + T.D // ALIGN
     stride_b = num_tokens * (TOKEN_STRIDE // ALIGN)
-    subimage_kernel(
+    forward_kernel(
         q_ptr, k_ptr, v_ptr, cos_ptr=None, sin_ptr=None, lengths_ptr=None, scale=SCALE, num_tokens=num_tokens,
         max_tokens=num_tokens, num_heads=nothing + H, rope_prefix=0,
         stride_qb=stride_b, stride_qn=stride_n, stride_qh=stride_h,
         stride_kb=stride_b, stride_kn=stride_n, stride_kh=stride_h,
         stride_vb=stride_b, stride_vn=stride_n, stride_vh=stride_h, out_ptr=out_ptr, lse_ptr=None, T=T,
-    )  # fmt: skip
-
-
-@triton.jit(do_not_specialize=["num_tokens", "num_keys"])
-def interval_attention_entry(
-    q_ptr, k_ptr, v_ptr, range_ptr, num_tokens, num_keys, out_ptr,
-    H: tl.constexpr, SCALE: tl.constexpr, D: tl.constexpr, COVER: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, GROUP: tl.constexpr,
-):  # fmt: skip
-    """``q [B, T, H, D], k, v [S, H / GROUP, D], kv_range [B, T, 2] -> out [B, T, H, D]``."""
-    nothing = num_tokens * 0
-    stride_qn = nothing + H * D // ALIGN
-    stride_kn = nothing + H // GROUP * D // ALIGN
-    stride_h = nothing + D // ALIGN
-    cross_attention_kernel(
-        q_ptr, k_ptr, v_ptr, range_ptr, scale=SCALE, num_tokens=num_tokens, num_kv_heads=nothing + H // GROUP,
-        num_keys=num_keys, stride_qb=num_tokens * (H * D // ALIGN), stride_qn=stride_qn, stride_qh=stride_h,
-        stride_kn=stride_kn, stride_kh=stride_h, stride_vn=stride_kn, stride_vh=stride_h,
-        stride_rb=num_tokens * 2, stride_rt=nothing + 2, stride_re=1, out_ptr=out_ptr, lse_ptr=None,
-        T=interval_tiling(D, COVER, BLOCK_M, BLOCK_N, GROUP, ALIGN),
     )  # fmt: skip
