@@ -1,12 +1,15 @@
-"""compute-sanitizer and ncu, played by a script: what they say, or do not say, becomes outcome and exit status."""
+"""compute-sanitizer and ncu, played by a script, and what they watch: their words become outcome and exit status."""
 
 import json
 import os
+import subprocess
 import sys
 import time
+from unittest import mock
 
 import pytest
 
+import launch
 import profile_kernels
 import sanitize
 import watch
@@ -15,9 +18,9 @@ from launch import cases_with, kernel_names
 
 CASE, OTHER = "gated_residual: small", "gated_residual: small, norm"
 PROFILED = "gated_residual: 2048 tokens, with backward"
-summary, launch = "========= ERROR SUMMARY: {} errors".format, "  {} (2048, 1, 1)x(256, 1, 1), Context 1, Stream 7".format
+summary, launched = "========= ERROR SUMMARY: {} errors".format, "  {} (2048, 1, 1)x(256, 1, 1), Context 1, Stream 7".format
 races = "========= COMPUTE-SANITIZER\n========= RACECHECK SUMMARY: {} hazards displayed ({} errors, {} warnings)".format
-BOTH = f"{launch('forward_kernel')}\n{launch('backward_kernel')}"
+BOTH = f"{launched('forward_kernel')}\n{launched('backward_kernel')}"
 # Of each tool: a case, all cases, and the file of the verdicts.
 TOOLS = {
     sanitize: (CASE, cases_with(SMALL), "sanitize.json"),
@@ -63,7 +66,7 @@ def main(tmp_path, monkeypatch, capsys):
         (sanitize, 1, "unrecognized option '--padding'", "not run", "unrecognized option"),
         (sanitize, 0, "", "not run", "ended without a word"),
         (profile_kernels, 0, BOTH, "passed", ""),
-        (profile_kernels, 0, launch("forward_kernel"), "failed", "no launch of backward_kernel was seen"),
+        (profile_kernels, 0, launched("forward_kernel"), "failed", "no launch of backward_kernel was seen"),
         (profile_kernels, 1, f"{BOTH}\ncase: WRONG", "failed", "case: WRONG"),
         (profile_kernels, 1, "==ERROR== ERR_NVGPUCTRPERM - no permission", "not run", "ERR_NVGPUCTRPERM - no permission"),
         (profile_kernels, 0, "case: ok", "not run", "case: ok"),
@@ -151,3 +154,23 @@ def test_launches_run_in_a_fresh_python():
     assert command[0] == sys.executable and command[1].endswith("tools/launch.py") and command[2:] == ["--list"]
     assert {PROFILED, CASE} <= {*cases_with(PROFILE), *cases_with(SMALL)}
     assert kernel_names(*cases_with(SMALL)[CASE]) == ["forward_kernel", "backward_kernel"]
+
+
+def test_command(capsys, monkeypatch):
+    assert launch.main(["--list"]) == 0
+    listed = capsys.readouterr().out.splitlines()
+    assert len(listed) == len(cases_with(SMALL)) + len(cases_with(PROFILE))
+    assert listed[0].startswith("subimage_attention: small, peeled: forward_kernel")
+    assert launch.main(["nonsense"]) == 2
+    assert "'nonsense' is not known" in capsys.readouterr().err
+    monkeypatch.setattr(launch, "run_case", mock.Mock(side_effect=AssertionError("out: too large")))
+    assert launch.main(["gated_residual: small", "--device", "cpu"]) == 1
+    assert capsys.readouterr().out == "gated_residual: small: WRONG: out: too large\n"
+
+
+@pytest.mark.slow
+def test_the_command_runs_in_the_interpreter():
+    command = [sys.executable, launch.__file__, "gated_residual: small", "--device", "cpu", "--dtype", "float32"]
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 0 and done.stdout == "gated_residual: small: ok\n", done.stderr
