@@ -26,7 +26,7 @@ from infimm_fast.benchmarks.registry import (
     prepare,
 )
 from infimm_fast.benchmarks.report import CaseResult, Report, Row
-from infimm_fast.benchmarks.timing import MIN_SAMPLES, WARM_UPS, Timer, Times, input_sets, peak_memory_mb, pinned_threads
+from infimm_fast.benchmarks.timing import MIN_SAMPLES, WARM_UPS, Timer, input_sets, peak_memory_mb, pinned_threads
 from infimm_fast.dtypes import DTYPES
 from infimm_fast.errors import ConfigurationError
 from infimm_fast.kernels.common.cases import Inputs
@@ -157,21 +157,8 @@ def run_case(
     sets = input_sets(case.bytes, timer.device)
     with torch.set_grad_enabled(case.backward):
         rows = _measure_all(stage, case, implementations, sets, timer)
-    names = ("sizes", "dtype", "importance", "backward", "flops", "bytes", "series")
-    result = CaseResult(
-        op=stage.name,
-        section=stage.section,
-        case=case.name,
-        **{name: getattr(case, name) for name in names},
-        bound="",
-        input_sets=sets,
-        gpu=gpu_state(timer.device),
-        rows=[
-            replace(row, pictures_per_s=case.pictures / row.median_ms * 1e3) if case.pictures and row.median_ms else row
-            for row in rows
-        ],
-    )
-    return result.rated(ceilings)
+    where = {"op": stage.name, "section": stage.section, "gpu": gpu_state(timer.device)}
+    return CaseResult(**vars(case), **where, input_sets=sets, rows=rows).rated(ceilings)
 
 
 def _measure_all(
@@ -225,22 +212,17 @@ def _captured(stage: Stage, implementation: Implementation, timer: Timer) -> boo
 
 def _time_eager(stage: Stage, row: Row, prepared: Prepared, runs: list[Run], timer: Timer) -> Row:
     time_runs = timer.wall if stage.wall_clock else timer.eager
-    row = _with_times(row, time_runs(runs))
+    figures = time_runs(runs).figures
     stages = {name: time_runs([run]).median for name, run in prepared.stages.items()}
-    return replace(row, stages=stages, peak_memory_mb=peak_memory_mb(runs[0], timer.device))
+    return replace(row, **figures, stages=stages, peak_memory_mb=peak_memory_mb(runs[0], timer.device))
 
 
 def _time_graph(stage: Stage, row: Row, runs: list[Run], timer: Timer) -> Row:
     row = replace(row, mode="graph")
     try:
-        return _with_times(row, timer.graph(runs[: stage.largest_graph]))
+        return replace(row, **timer.graph(runs[: stage.largest_graph]).figures)
     except Exception as error:  # a peer that waits for the device cannot be captured
         return replace(row, remark=_refusal(error))
-
-
-def _with_times(row: Row, times: Times) -> Row:
-    p10_ms, p90_ms = times.percentile(10), times.percentile(90)
-    return replace(row, median_ms=times.median, p10_ms=p10_ms, p90_ms=p90_ms, samples=len(times.samples))
 
 
 def _refusal(error: Exception) -> str:

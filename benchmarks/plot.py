@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from infimm_fast.benchmarks.report import CaseResult, Report, Row
+from infimm_fast.export.common.artifact import writing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -42,9 +43,8 @@ def draw_report(report: Report, folder: Path, stem: str = "") -> list[Path]:
     for name, (draw, _) in DRAWINGS.items():
         if (figure := draw(report)) is not None:
             files.append(folder / f"{stem}{name}.png")
-            partial = folder / f".{files[-1].name}.partial"
-            figure.savefig(partial, format="png", dpi=90)
-            partial.replace(files[-1])
+            with writing(files[-1]) as partial:
+                figure.savefig(partial, format="png", dpi=90)
     return files
 
 

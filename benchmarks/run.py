@@ -39,7 +39,7 @@ sections, or all:
 instead of sections:
   compare BEFORE [AFTER]   JSON files of runs, or git revisions, which are run with the sections and options behind them;
                            what is installed is AFTER if there is none; the exit status is 1 if AFTER is slower
-  page [FOLDER]            write docs/performance.md of a checkout from its benchmarks/results
+  page [FOLDER]            make the figures of a checkout's docs/performance.md from its benchmarks/results
 """
 
 

@@ -39,6 +39,16 @@ class Times:
         ordered = sorted(self.samples)
         return ordered[min(len(ordered) * percent // 100, len(ordered) - 1)]
 
+    @property
+    def figures(self) -> dict[str, Any]:
+        """What `infimm_fast.benchmarks.report.Row` says of them."""
+        return {
+            "median_ms": self.median,
+            "p10_ms": self.percentile(10),
+            "p90_ms": self.percentile(90),
+            "samples": len(self.samples),
+        }
+
 
 class Timer:
     """Times functions on one device.

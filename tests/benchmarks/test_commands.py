@@ -143,7 +143,7 @@ def test_the_page_is_what_the_stored_runs_give():
     reports = document.stored_reports(ROOT / document.RESULTS)
     assert reports
     page = (ROOT / document.PAGE).read_text()
-    assert page == document.render(reports), "run infimm-fast bench page"
+    assert page == document.update_page(page, reports), "run infimm-fast bench page"
     pictures = re.findall(r"!\[[^\]]*\]\(([^)]+)\)", page)
     assert len(pictures) >= 4
     for target in [*pictures, *re.findall(r"[^!]\[[^\]]+\]\(([^)]+)\)", page)]:
@@ -156,10 +156,12 @@ def test_writing_the_page(tmp_path, capsys):
     source = ROOT / document.RESULTS
     (tmp_path / document.RESULTS).mkdir(parents=True)
     (tmp_path / "docs").mkdir()
+    page = (ROOT / document.PAGE).read_text()
+    (tmp_path / document.PAGE).write_text(page[: page.rindex("| infimm_fast |")])
     for file in source.glob("*.json"):
         (tmp_path / document.RESULTS / file.name).write_bytes(file.read_bytes())
     assert bench(["page", str(tmp_path)], DOOR) == 0
-    assert (tmp_path / document.PAGE).read_text() == (ROOT / document.PAGE).read_text()
+    assert (tmp_path / document.PAGE).read_text() == page
     drawn = {file.name for file in (tmp_path / document.IMAGES).iterdir()}
     assert drawn == {file.name for file in (ROOT / document.IMAGES).iterdir()}
 
