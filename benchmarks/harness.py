@@ -169,7 +169,7 @@ def _measure_all(
         expected = stage.expected(case, inputs[0])
     except torch.cuda.OutOfMemoryError as error:
         # The card is too small for this case, whoever computes it.
-        remark = f"{_refusal(error)} for inputs and reference"
+        remark = f"{refusal(error)} for inputs and reference"
         return [Row(one.name, "eager", one.ours, remark=remark) for one in implementations]
     return [row for one in implementations for row in _measure(stage, case, one, inputs, expected, timer)]
 
@@ -200,7 +200,7 @@ def _measure(
             checked = replace(blank, errors={name: asdict(error) for name, error in errors.items()})
             rows = [_time_eager(stage, checked, prepared[0], runs, timer)]
         except Exception as error:  # whatever a peer raises is its own affair, and shown
-            return [replace(blank, remark=_refusal(error), failed=implementation.ours)]
+            return [replace(blank, remark=refusal(error), failed=implementation.ours)]
         if _captured(stage, implementation, timer):
             rows.append(_time_graph(stage, checked, runs, timer))
     return rows
@@ -222,17 +222,18 @@ def _time_graph(stage: Stage, row: Row, runs: list[Run], timer: Timer) -> Row:
     try:
         return replace(row, **timer.graph(runs[: stage.largest_graph]).figures)
     except Exception as error:  # a peer that waits for the device cannot be captured
-        return replace(row, remark=_refusal(error))
+        return replace(row, remark=refusal(error))
 
 
-def _refusal(error: Exception) -> str:
+def refusal(error: Exception, verb: str = "run") -> str:
+    """Return why something does not run, in one line; `verb` in place of "run"."""
     lines = str(error).strip().splitlines()
     if isinstance(error, ImportError):
         return f"not installed: {lines[0] if lines else type(error).__name__}"
     if isinstance(error, torch.cuda.OutOfMemoryError):
         torch.cuda.empty_cache()
-        return "does not run: out of memory"
-    return f"does not run: {type(error).__name__}: {lines[0][:160] if lines else ''}"
+        return f"does not {verb}: out of memory"
+    return f"does not {verb}: {type(error).__name__}: {lines[0][:160] if lines else ''}"
 
 
 def _choose(stage: Stage, against: tuple[str, ...] | None) -> list[Implementation]:

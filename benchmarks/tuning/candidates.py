@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from infimm_fast.kernels.common.cases import Job, Op
+from infimm_fast.kernels.common.cases import Job, Op, find_ops, jobs_of
 from infimm_fast.kernels.common.configs import cover_of
 from infimm_fast.kernels.common.launch import LaunchConfig
 from infimm_fast.kernels.residual.config import REGISTERS, row_cover
@@ -68,6 +69,31 @@ _ROWS: tuple[dict[str, int], ...] = (
 # Rows of a step and warps, and the programs of a launch.
 _RESIDUAL_SHAPES = ((1, 4), (1, 8), (1, 16), (2, 8), (2, 16))
 _RESIDUAL_PROGRAMS = {"forward": (528, 1056), "backward": (132, 528)}
+
+
+def add_choices(parser: argparse.ArgumentParser) -> None:
+    """Give a parser options for what `select_jobs` takes."""
+    parser.add_argument("--op", dest="ops", nargs="+", choices=tuple(find_ops()), help="all without it, as of the next two")
+    parser.add_argument("--kernel", dest="kernels", nargs="+", help="as in the op's kernels")
+    parser.add_argument("--width", dest="widths", type=int, nargs="+", help="head dims, or channels of ops without heads")
+
+
+def select_jobs(
+    use: str,
+    dtypes: Sequence[str],
+    archs: Sequence[int],
+    ops: Collection[str] | None = None,
+    kernels: Collection[str] | None = None,
+    widths: Collection[int] | None = None,
+) -> list[tuple[Op, Job]]:
+    """Return the jobs of `jobs_of` for all ops; None chooses all ops, kernels or widths."""
+    return [
+        (op, job)
+        for op in find_ops().values()
+        if ops is None or op.name in ops
+        for job in jobs_of(op, use, dtypes, archs)
+        if (kernels is None or job.kernel in kernels) and (widths is None or op.width(job.case) in widths)
+    ]
 
 
 def candidates_of(op: Op, job: Job) -> list[Candidate]:
