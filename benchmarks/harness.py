@@ -5,26 +5,15 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 
-from infimm_fast.benchmarks import SECTIONS
+from infimm_fast.benchmarks import SECTIONS, registry
 from infimm_fast.benchmarks.ceilings import Ceilings, measure_ceilings
 from infimm_fast.benchmarks.environment import describe, gpu_state
-from infimm_fast.benchmarks.registry import (
-    IMPLEMENTATIONS,
-    STAGES,
-    BenchCase,
-    Implementation,
-    Plan,
-    Prepared,
-    Run,
-    Stage,
-    load_suites,
-    prepare,
-)
+from infimm_fast.benchmarks.registry import BenchCase, Implementation, Plan, Prepared, Run, Stage, prepare
 from infimm_fast.benchmarks.report import CaseResult, Report, Row
 from infimm_fast.benchmarks.timing import MIN_SAMPLES, WARM_UPS, Timer, input_sets, peak_memory_mb, pinned_threads
 from infimm_fast.dtypes import DTYPES
@@ -60,24 +49,19 @@ class Settings:
     ops: tuple[str, ...] | None = None
 
 
-@dataclass
 class Budget:
     """Decides whether a case fits into the time that is left.
 
     Estimates of a stage are corrected by the worst of its cases so far.
 
-    Attributes:
+    Args:
         seconds: of the whole run, or None for no limit.
         now: the host's clock in seconds.
     """
 
-    seconds: float | None
-    now: Callable[[], float] = time.perf_counter
-    _started: float = field(init=False)
-    _corrections: dict[str, float] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        self._started = self.now()
+    def __init__(self, seconds: float | None, now: Callable[[], float] = time.perf_counter):
+        self.seconds, self.now, self._started = seconds, now, now()
+        self._corrections: dict[str, float] = {}
 
     @property
     def spent(self) -> float:
@@ -113,13 +97,13 @@ def run_benchmarks(
     Raises:
         ConfigurationError: a section, a stage or a peer is not known, or an artifact is none.
     """
-    load_suites()
+    registry.load_suites()
     _check_settings(settings)
     plan, repeats = settings.plan, 0
     budget, timer = Budget(settings.budget, now), Timer(plan.device, settings.seconds, now)
     work = [
         (stage, case)
-        for stage in sorted(STAGES.values(), key=lambda stage: SECTIONS.index(stage.section))
+        for stage in sorted(registry.STAGES.values(), key=lambda stage: SECTIONS.index(stage.section))
         if stage.section in settings.sections and (settings.ops is None or stage.name in settings.ops)
         for case in stage.cases(plan)
     ]
@@ -129,7 +113,8 @@ def run_benchmarks(
         report = Report(_title(plan), describe(plan.device), _describe_settings(settings), asdict(ceilings))
         tell(_head(report))
         for index, (stage, case) in enumerate(work, 1):
-            chosen = _choose(stage, settings.against)
+            known = registry.IMPLEMENTATIONS[stage.name].values()
+            chosen = [one for one in known if one.ours or settings.against is None or one.name in settings.against]
             estimate = _estimate(stage, case, chosen, timer, ceilings)
             if not budget.fits(stage.name, estimate):
                 report.left_out.append(f"{stage.name}, {case.name}")
@@ -236,10 +221,6 @@ def refusal(error: Exception, verb: str = "run") -> str:
     return f"does not {verb}: {type(error).__name__}: {lines[0][:160] if lines else ''}"
 
 
-def _choose(stage: Stage, against: tuple[str, ...] | None) -> list[Implementation]:
-    return [one for one in IMPLEMENTATIONS[stage.name].values() if one.ours or against is None or one.name in against]
-
-
 def _estimate(
     stage: Stage, case: BenchCase, implementations: Sequence[Implementation], timer: Timer, ceilings: Ceilings
 ) -> float:
@@ -260,8 +241,8 @@ def _check_settings(settings: Settings) -> None:
         raise ConfigurationError("section 'export' times exported models; name their folders with --artifact")
     for kind, asked, known in (
         ("section", settings.sections, SECTIONS),
-        ("op", settings.ops or (), tuple(STAGES)),
-        ("peer", settings.against or (), tuple({name for ones in IMPLEMENTATIONS.values() for name in ones})),
+        ("op", settings.ops or (), tuple(registry.STAGES)),
+        ("peer", settings.against or (), tuple({name for ones in registry.IMPLEMENTATIONS.values() for name in ones})),
     ):
         for name in asked:
             if name not in known:

@@ -42,12 +42,8 @@ class Times:
     @property
     def figures(self) -> dict[str, Any]:
         """What `infimm_fast.benchmarks.report.Row` says of them."""
-        return {
-            "median_ms": self.median,
-            "p10_ms": self.percentile(10),
-            "p90_ms": self.percentile(90),
-            "samples": len(self.samples),
-        }
+        percentiles = {f"p{percent}_ms": self.percentile(percent) for percent in (10, 90)}
+        return {"median_ms": self.median, **percentiles, "samples": len(self.samples)}
 
 
 class Timer:

@@ -139,7 +139,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=DTYPES)
     parser.add_argument("--processes", type=int, default=2)
     options = parser.parse_args(arguments)
-    jobs = select_jobs(GATE, options.dtype, options.arch, options.ops, options.kernels, options.widths)
+    jobs = select_jobs(GATE, options.dtype, options.arch, options)
     if not jobs:
         parser.error("no row has such an op, kernel and width")
     verdicts = []

@@ -46,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add_choices(parser)
     parser.add_argument("--processes", type=int, default=2)
     options = parser.parse_args(arguments)
-    chosen = select_jobs(TUNE, ("bfloat16",), (options.arch,), options.ops, options.kernels, options.widths)
+    chosen = select_jobs(TUNE, ("bfloat16",), (options.arch,), options)
     work = [(op, job, candidates_of(op, job)) for op, job in chosen]
     results = in_processes(assess, [(op, job, one) for op, job, ones in work for one in ones], options.processes)
     jobs = []

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from infimm_fast.benchmarks.run import tell
 from infimm_fast.benchmarks.tuning.candidates import add_choices
 from infimm_fast.benchmarks.tuning.run import Settings, read_plan, tune
 from infimm_fast.errors import ConfigurationError
@@ -26,7 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     out, plan = options.pop("out"), options.pop("plan")
     try:
         settings = Settings(**options, plan=read_plan(plan) if plan else {})
-        return tune(settings, out, lambda line: print(line, flush=True))
+        return tune(settings, out, tell)
     except (ConfigurationError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

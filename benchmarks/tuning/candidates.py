@@ -6,8 +6,9 @@ import argparse
 import contextlib
 import re
 import sys
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from infimm_fast.kernels.common.cases import Job, Op, find_ops, jobs_of
 from infimm_fast.kernels.common.configs import cover_of
@@ -78,21 +79,15 @@ def add_choices(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--width", dest="widths", type=int, nargs="+", help="head dims, or channels of ops without heads")
 
 
-def select_jobs(
-    use: str,
-    dtypes: Sequence[str],
-    archs: Sequence[int],
-    ops: Collection[str] | None = None,
-    kernels: Collection[str] | None = None,
-    widths: Collection[int] | None = None,
-) -> list[tuple[Op, Job]]:
-    """Return the jobs of `jobs_of` for all ops; None chooses all ops, kernels or widths."""
+def select_jobs(use: str, dtypes: Sequence[str], archs: Sequence[int], chosen: Any) -> list[tuple[Op, Job]]:
+    """Return the jobs of `jobs_of` for all ops; `chosen` has those ops, kernels and widths, None for all of them."""
     return [
         (op, job)
         for op in find_ops().values()
-        if ops is None or op.name in ops
         for job in jobs_of(op, use, dtypes, archs)
-        if (kernels is None or job.kernel in kernels) and (widths is None or op.width(job.case) in widths)
+        if (chosen.ops is None or op.name in chosen.ops)
+        and (chosen.kernels is None or job.kernel in chosen.kernels)
+        and (chosen.widths is None or op.width(job.case) in chosen.widths)
     ]
 
 

@@ -149,7 +149,7 @@ def find_device() -> tuple[torch.device, int]:
 def work_of(settings: Settings, arch: int) -> list[tuple[Op, Job, list[Candidate]]]:
     """Return the jobs that are asked for with the candidates to time, the most important first."""
     work = []
-    for op, job in select_jobs(TUNE, (settings.dtype,), (arch,), settings.ops, settings.kernels, settings.widths):
+    for op, job in select_jobs(TUNE, (settings.dtype,), (arch,), settings):
         dropped = settings.plan.get((op.name, job.kernel, job.case.name), {})
         candidates = [one for one in candidates_of(op, job) if one.shipped or one.label not in dropped]
         work.append((op, job, candidates[: MOST[min(job.case.importance, max(MOST))]]))

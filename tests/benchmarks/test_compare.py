@@ -126,7 +126,7 @@ def test_two_git_revisions(tmp_path, monkeypatch):
     git("add", "--all")
     git("commit", "--quiet", "-m", "first")
     suite = tree / "benchmarks" / "suites" / "gated_residual.py"
-    suite.write_text(suite.read_text() + '\n\nregister_implementation(OP.name, "second naive")(_naive)\n')
+    suite.write_text(suite.read_text() + '\n\nregistry.register_implementation(OP.name, "second naive")(_naive)\n')
     git("commit", "--quiet", "-am", "second")
     quick = ["ops", "--ops", "gated_residual", "--preset", "tiny", "--device", "cpu", "--seconds", "0", "--against", "naive"]
     monkeypatch.chdir(tree)

@@ -1,6 +1,7 @@
 """The section of exported models, on a stand-in for a runtime: what is timed, and what gets no figure."""
 
 from dataclasses import dataclass
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -43,7 +44,7 @@ class StandIn:
 def run(monkeypatch, by_provider):
     monkeypatch.setattr(infimm_fast.export, "load", lambda folder, provider="cpu": by_provider[provider])
     monkeypatch.setitem(IMPLEMENTATIONS, "exported_model", dict(IMPLEMENTATIONS["exported_model"]))
-    register_implementation("exported_model", "other", graph=False)(exported._on("other"))
+    register_implementation("exported_model", "other", graph=False)(partial(exported._prepare, "other"))
     plan = Plan("tiny", "float32", torch.device("cpu"), artifacts=("a folder",))
     report = run_benchmarks(Settings(("export",), plan, 0.0))
     (case,) = report.cases
