@@ -1,28 +1,41 @@
-"""The harness: the gate in front of every figure, the budget, refusals, and one registration for a new op."""
+"""The harness: the gate in front of every figure, the budget, refusals, new ops, exported models, and what a GPU adds."""
 
+import copy
 import itertools
 import os
 import re
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
 
-from infimm_fast.benchmarks import harness, registry
+import infimm_fast.export
+from infimm_fast.benchmarks import SECTIONS, harness, registry
 from infimm_fast.benchmarks.ceilings import Ceilings
 from infimm_fast.benchmarks.display import case_table
-from infimm_fast.benchmarks.registry import IMPLEMENTATIONS, STAGES, BenchCase, Implementation, Prepared, Stage
+from infimm_fast.benchmarks.registry import IMPLEMENTATIONS, STAGES, BenchCase, Implementation, Plan, Prepared, Stage
 from infimm_fast.benchmarks.report import Report
+from infimm_fast.benchmarks.suites import exported
 from infimm_fast.benchmarks.suites.attention import naive, once_for_case
 from infimm_fast.benchmarks.timing import Timer, input_sets, pinned_threads
 from infimm_fast.errors import ConfigurationError
-from infimm_fast.kernels.common.cases import GATE, Case, Cost, Op
+from infimm_fast.export.common.errors import ArtifactError
+from infimm_fast.kernels.common import cases
+from infimm_fast.kernels.common.cases import GATE, Case
 from infimm_fast.kernels.common.numerics import outlier_normal
+from infimm_fast.models.infimm_hd.presets import preset
 
 CPU = torch.device("cpu")
 README = Path(__file__).parents[2] / "benchmarks" / "README.md"
 pytestmark = pytest.mark.usefixtures("own_registry")
+
+
+def on_gpu(test):
+    return pytest.mark.gpu(pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")(test))
 
 
 def attention_case(backward=False):
@@ -226,34 +239,18 @@ def test_a_stage_and_a_peer_are_one_registration_each_as_the_readme_says(run):
     assert row.implementation == "by addition" and row.median_ms > 0 and not report.failed
 
 
-class Doubling(Op):
-    name, kernels, leaves = "double", {}, ("x",)
-    cases = (Case("eight", {"n": 8}, backward=True), Case("for the compiler", {"n": 9}, uses=(GATE,)))
-
-    def make_inputs(self, case, dtype, device, seed=0):
-        x = outlier_normal(case.sizes["n"], dtype=dtype, device=device, seed=seed).requires_grad_(case.backward)
-        return {"x": x, "gradients": (torch.ones(case.sizes["n"], dtype=dtype),)}
-
-    def call(self, case, inputs, backend):
-        return (2 * inputs["x"],)
-
-    def reference(self, case, inputs, dtype):
-        return {"out": 2 * inputs["x"].detach().to(dtype), "x": torch.full((8,), 2, dtype=dtype)}
-
-    def cost(self, case, dtype, kernel=None):
-        return Cost(case.sizes["n"], 2 * case.sizes["n"] * dtype.itemsize)
-
-    kernels_of = width = config = launch = rules = None
-
-
 def test_an_op_without_a_suite_is_measured_on_its_own_cases(run, monkeypatch):
-    known = registry.find_ops() | {"double": Doubling()}
-    monkeypatch.setattr(registry, "find_ops", lambda: known)
-    (case,) = run(ops=("double",)).cases
-    assert (case.case, case.flops, case.bytes) == ("eight", 8, 64)
+    op = copy.copy(registry.find_ops()["gated_residual"])
+    sizes = {"rows": 1, "tokens": 2, "width": 32}
+    op.name, op.cases = "own", (Case("small", sizes, backward=True), Case("for the compiler", sizes, uses=(GATE,)))
+    monkeypatch.setitem(cases._REGISTERED, "own", op)
+    (case,) = run(ops=("own",)).cases
+    cost = op.cost(op.cases[0], torch.float32)
+    assert (case.case, case.flops, case.bytes) == ("small", cost.flops, cost.bytes)
     rows = {row.implementation: row for row in case.rows}
     assert list(rows) == ["reference", "infimm_fast sdpa", "infimm_fast"]
-    assert set(rows["reference"].errors) == set(rows["infimm_fast sdpa"].errors) == {"out", "x"}
+    results = {*op.outputs, *op.leaves_of(op.cases[0])}
+    assert set(rows["reference"].errors) == set(rows["infimm_fast sdpa"].errors) == results
     assert rows["infimm_fast"].remark == "needs a CUDA GPU"
 
 
@@ -282,3 +279,77 @@ def test_pinning_is_undone():
     with pinned_threads():
         assert len(os.sched_getaffinity(0)) == min(len(before), torch.get_num_threads())
     assert os.sched_getaffinity(0) == before
+
+
+def stand_in(error=0.0, verified=True):
+    """What `infimm_fast.export.load` returns, as far as the benchmark uses it."""
+
+    def encode_tiles(pixels, grids, counts):
+        assert (tuple(pixels.shape), grids.tolist(), counts.tolist()) == ((5, 3, 112, 112), [[2, 2]], [1])
+        return SimpleNamespace(features=pixels.flatten(1) * (1 + error))
+
+    def generate_tokens(ids, mask, encoded, max_new_tokens):
+        assert ids.shape == mask.shape == (1, 32) and max_new_tokens == 1
+        return ids[:, :1]
+
+    manifest, backend = SimpleNamespace(dtype="float32", verified=verified), SimpleNamespace(to_tensor=lambda value: value)
+    kept = {"config": preset("tiny"), "manifest": manifest, "backend": backend}
+    return SimpleNamespace(encode_tiles=encode_tiles, generate_tokens=generate_tokens, **kept)
+
+
+@pytest.mark.parametrize(
+    ("cpu", "other", "remarks"),
+    [
+        ({}, {"error": 1e-6}, ("", "")),
+        ({}, {"error": 1e-2}, ("", "RMS deviation")),
+        ({"verified": False}, {}, ("never verified", "never verified")),
+    ],
+    ids=("right", "another result", "never verified"),
+)
+def test_a_provider_is_timed_by_stages_and_compared_with_the_cpus(run, monkeypatch, cpu, other, remarks):
+    loaded = {"cpu": stand_in(**cpu), "other": stand_in(**other)}
+    monkeypatch.setattr(infimm_fast.export, "load", lambda folder, provider="cpu": loaded[provider])
+    registry.register_implementation("exported_model", "other", graph=False)(partial(exported._prepare, "other"))
+    (case,) = run("export", artifacts=("a folder",)).cases
+    rows = {row.implementation: row for row in case.rows}
+    assert rows["onnxruntime cuda"].remark == "needs a CUDA GPU"
+    for name, remark in zip(("onnxruntime cpu", "other"), remarks, strict=True):
+        row = rows[name]
+        if remark:
+            assert row.failed and row.median_ms is None and remark in row.remark
+        else:
+            assert row.median_ms > 0 and set(row.stages) == {"encode", "first token"}
+
+
+def test_what_is_no_artifact_is_one_line(run, monkeypatch):
+    monkeypatch.setattr(infimm_fast.export, "load", mock.Mock(side_effect=ArtifactError("a folder is no artifact")))
+    with pytest.raises(ConfigurationError, match="a folder is no artifact"):
+        run("export", artifacts=("a folder",))
+
+
+@on_gpu
+def test_the_tiny_preset_on_a_gpu():
+    plan = Plan("tiny", "bfloat16", torch.device("cuda"))
+    peers = ("naive", "naive, K/V cached", "sdpa", "sdpa dense mask")
+    report = harness.run_benchmarks(harness.Settings(SECTIONS, plan, 0.0, against=peers))
+    assert not report.failed
+    assert report.ceilings["matmul_tflops"] > 1 and report.ceilings["copy_gb_s"] > 50
+    for case in report.cases:
+        assert all(row.peak_memory_mb is not None for row in case.rows if row.mode == "eager" and row.median_ms)
+        if case.section in ("ops", "cross", "vision", "decode"):
+            assert {row.mode for row in case.rows} == {"eager", "graph"}
+            for row in (row for row in case.rows if row.ours):
+                assert row.median_ms is not None and row.median_ms > 0, (case.op, case.case, row)
+
+
+@on_gpu
+def test_a_graph_of_many_runs_is_divided_by_their_number():
+    a = torch.randn(4096, 4096, device="cuda", dtype=torch.bfloat16)
+    timer = Timer(torch.device("cuda"), 0.1)
+    one, many = timer.graph([lambda: a @ a]), timer.graph([lambda: a @ a] * 8)
+    assert many.median == pytest.approx(one.median, rel=0.3)
+
+
+@on_gpu
+def test_small_inputs_rotate_and_large_ones_do_not():
+    assert input_sets(2**20, torch.device("cuda")) > 8 and input_sets(2**33, torch.device("cuda")) == 1
