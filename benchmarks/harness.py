@@ -142,7 +142,7 @@ def run_case(
     sets = input_sets(case.bytes, timer.device)
     with torch.set_grad_enabled(case.backward):
         rows = _measure_all(stage, case, implementations, sets, timer)
-    where = {"op": stage.name, "section": stage.section, "gpu": gpu_state(timer.device)}
+    where: dict[str, Any] = {"op": stage.name, "section": stage.section, "gpu": gpu_state(timer.device)}
     return CaseResult(**vars(case), **where, input_sets=sets, rows=rows).rated(ceilings)
 
 

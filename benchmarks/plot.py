@@ -75,7 +75,7 @@ def _title(axes: Axes, title: str) -> None:
     axes.set_title(title, fontsize=9)
     axes.tick_params(labelsize=8)
     for one in (axes.xaxis, axes.yaxis):
-        one.label.set_size(8)
+        one.label.set_fontsize(8)
 
 
 def _fastest(case: CaseResult) -> dict[str, Row]:

@@ -94,7 +94,7 @@ def _prepare(provider: str, case: BenchCase, inputs: Inputs) -> Prepared:
         exported.generate_tokens(ids, torch.ones_like(ids), encoded, max_new_tokens=1)
         return exported.backend.to_tensor(encoded.features).float()
 
-    stages = {"encode": encode, "first token": partial(first_token, encode())}
+    stages: dict[str, Run] = {"encode": encode, "first token": partial(first_token, encode())}
     return Prepared(lambda: first_token(encode()), stages)
 
 
