@@ -1,4 +1,4 @@
-"""docs/performance.md and its pictures, made from the stored runs: ``infimm-fast bench page``.
+"""The figures of docs/performance.md and its pictures, made from the stored runs: ``infimm-fast bench page``.
 
 Store a run by copying its JSON file to benchmarks/results/. No figure on the page is typed by hand.
 """
@@ -13,41 +13,15 @@ from pathlib import Path
 from infimm_fast.benchmarks.display import bound_line, case_table
 from infimm_fast.benchmarks.plot import DRAWINGS, draw_report
 from infimm_fast.benchmarks.report import FORMAT, CaseResult, Report
+from infimm_fast.export.common.artifact import writing
 
 RESULTS, PAGE, IMAGES = "benchmarks/results", "docs/performance.md", "docs/images/performance"
 _VERSIONS = {"torch": "torch", "triton": "triton", "transformers": "transformers"}
 _VERSIONS |= {"cuda": "CUDA", "cudnn": "cuDNN", "python": "Python"}
 
-_HEAD = """\
-<!-- Written by `infimm-fast bench page` from benchmarks/results/; changes by hand are lost. -->
-
-# Performance
-
-## How the figures are made
-
-`infimm-fast bench all --plot` makes a run on your machine; `infimm-fast bench compare A.json B.json` compares two, or two
-git revisions. One harness does it all:
-
-- **Correct first.** Every implementation is compared with the plain statement in float64 on the inputs that are timed (on a
-  part of them where float64 would not fit: two tiles; 64 text tokens of two rows) and may err twice as much as the plain
-  statement in the same precision. One that errs more gets no time, and the command fails. Stages of the model are gated
-  on their ops, on a full-width model of two layers against a wider precision, and on the RMS deviation from the SDPA model
-  in the same precision.
-- **Same inputs, same layouts, one launch mode per column.** *Eager* is a call from Python between two CUDA events. *Graph*
-  is the replay of a CUDA graph that holds one run on each set of inputs, divided by their number. On a CPU there is no
-  graph, times are those of `time.perf_counter`, and the process keeps to as many cores as it has threads. Stages that
-  begin on the host (`preprocess`, `end_to_end`) are timed on its clock on every device.
-- **Cold caches.** As many sets of inputs rotate as it takes to fill the last-level cache three times (64 at most; two on a
-  CPU).
-- **Medians**, with the times that a tenth of the runs stayed below and above (p10-p90).
-- **Ceilings** are measured in the same run: the fastest large matrix product, and the copy of a large buffer (bytes read
-  and written). FLOPs are counted on true sizes, bytes are the fewest that must move; *of ceiling* is the least possible
-  time by the ceiling that binds the case, over the measured median. A figure above 100 % makes the ceilings be measured
-  again, and is marked if it stays there: such a case finds its data in a cache.
-- **Peers** get their masks, padded copies and compiled functions beforehand. One that is missing or does not run is listed
-  with the reason, never left out.
+MARK = """\
+<!-- What follows is written by `infimm-fast bench page` from benchmarks/results/; changes by hand are lost. -->
 """
-
 _NO_GPU = """\
 **There are no figures of a GPU yet.** The runs below are of a CPU and a tiny preset; they show that the harness works, and
 say nothing about how fast any kernel is on a GPU.
@@ -65,10 +39,15 @@ def picture_stem(name: str) -> str:
     return re.sub(r"[^A-Za-z0-9-]+", "-", name).lower() + "-"
 
 
+def update_page(page: str, reports: dict[str, Report]) -> str:
+    """Return the page with everything after the mark made anew."""
+    return page.partition(MARK)[0] + MARK + "\n" + render(reports)
+
+
 def render(reports: dict[str, Report]) -> str:
-    """Return the page."""
+    """Return the figures of all runs."""
     on_gpu = any(report.environment["kind"] == "cuda" for report in reports.values())
-    return "\n".join([_HEAD, *([] if on_gpu else [_NO_GPU]), *(_render(name, report) for name, report in reports.items())])
+    return "\n".join([*([] if on_gpu else [_NO_GPU]), *(_render(name, report) for name, report in reports.items())])
 
 
 def _render(name: str, report: Report) -> str:
@@ -95,18 +74,13 @@ def _render(name: str, report: Report) -> str:
 
 
 def _render_case(case: CaseResult) -> str:
-    header, rows = case_table(case)
-    lines = [
-        f"**{case.op}, {case.case}, {case.dtype}** ({bound_line(case)})",
-        "",
-        _line(header),
-        _line(["---"] * len(header)),
-    ]
-    return "\n".join([*lines, *map(_line, rows), ""])
+    return f"**{case.op}, {case.case}, {case.dtype}** ({bound_line(case)})\n\n{markdown_table(*case_table(case))}"
 
 
-def _line(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]], rule: str = "---") -> str:
+    """Return a table; `rule` aligns the columns behind the first."""
+    lines = [header, ["---", *[rule] * (len(header) - 1)], *([cell.replace("|", "\\|") for cell in row] for row in rows)]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def write_page(root: Path) -> None:
@@ -115,7 +89,6 @@ def write_page(root: Path) -> None:
     for name, report in reports.items():
         draw_report(report, root / IMAGES, picture_stem(name))
     page = root / PAGE
-    partial = page.with_name(f".{page.name}.partial")
-    partial.write_text(render(reports))
-    partial.replace(page)
+    with writing(page) as partial:
+        partial.write_text(update_page(page.read_text(), reports))
     print(f"written: {page} from {len(reports)} runs")

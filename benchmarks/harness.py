@@ -5,28 +5,17 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 
-from infimm_fast.benchmarks import SECTIONS
+from infimm_fast.benchmarks import SECTIONS, registry
 from infimm_fast.benchmarks.ceilings import Ceilings, measure_ceilings
 from infimm_fast.benchmarks.environment import describe, gpu_state
-from infimm_fast.benchmarks.registry import (
-    IMPLEMENTATIONS,
-    STAGES,
-    BenchCase,
-    Implementation,
-    Plan,
-    Prepared,
-    Run,
-    Stage,
-    load_suites,
-    prepare,
-)
+from infimm_fast.benchmarks.registry import BenchCase, Implementation, Plan, Prepared, Run, Stage, prepare
 from infimm_fast.benchmarks.report import CaseResult, Report, Row
-from infimm_fast.benchmarks.timing import MIN_SAMPLES, WARM_UPS, Timer, Times, input_sets, peak_memory_mb, pinned_threads
+from infimm_fast.benchmarks.timing import MIN_SAMPLES, WARM_UPS, Timer, input_sets, peak_memory_mb, pinned_threads
 from infimm_fast.dtypes import DTYPES
 from infimm_fast.errors import ConfigurationError
 from infimm_fast.kernels.common.cases import Inputs
@@ -60,24 +49,19 @@ class Settings:
     ops: tuple[str, ...] | None = None
 
 
-@dataclass
 class Budget:
     """Decides whether a case fits into the time that is left.
 
     Estimates of a stage are corrected by the worst of its cases so far.
 
-    Attributes:
+    Args:
         seconds: of the whole run, or None for no limit.
         now: the host's clock in seconds.
     """
 
-    seconds: float | None
-    now: Callable[[], float] = time.perf_counter
-    _started: float = field(init=False)
-    _corrections: dict[str, float] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        self._started = self.now()
+    def __init__(self, seconds: float | None, now: Callable[[], float] = time.perf_counter):
+        self.seconds, self.now, self._started = seconds, now, now()
+        self._corrections: dict[str, float] = {}
 
     @property
     def spent(self) -> float:
@@ -113,13 +97,13 @@ def run_benchmarks(
     Raises:
         ConfigurationError: a section, a stage or a peer is not known, or an artifact is none.
     """
-    load_suites()
+    registry.load_suites()
     _check_settings(settings)
     plan, repeats = settings.plan, 0
     budget, timer = Budget(settings.budget, now), Timer(plan.device, settings.seconds, now)
     work = [
         (stage, case)
-        for stage in sorted(STAGES.values(), key=lambda stage: SECTIONS.index(stage.section))
+        for stage in sorted(registry.STAGES.values(), key=lambda stage: SECTIONS.index(stage.section))
         if stage.section in settings.sections and (settings.ops is None or stage.name in settings.ops)
         for case in stage.cases(plan)
     ]
@@ -129,7 +113,8 @@ def run_benchmarks(
         report = Report(_title(plan), describe(plan.device), _describe_settings(settings), asdict(ceilings))
         tell(_head(report))
         for index, (stage, case) in enumerate(work, 1):
-            chosen = _choose(stage, settings.against)
+            known = registry.IMPLEMENTATIONS[stage.name].values()
+            chosen = [one for one in known if one.ours or settings.against is None or one.name in settings.against]
             estimate = _estimate(stage, case, chosen, timer, ceilings)
             if not budget.fits(stage.name, estimate):
                 report.left_out.append(f"{stage.name}, {case.name}")
@@ -157,21 +142,8 @@ def run_case(
     sets = input_sets(case.bytes, timer.device)
     with torch.set_grad_enabled(case.backward):
         rows = _measure_all(stage, case, implementations, sets, timer)
-    names = ("sizes", "dtype", "importance", "backward", "flops", "bytes", "series")
-    result = CaseResult(
-        op=stage.name,
-        section=stage.section,
-        case=case.name,
-        **{name: getattr(case, name) for name in names},
-        bound="",
-        input_sets=sets,
-        gpu=gpu_state(timer.device),
-        rows=[
-            replace(row, pictures_per_s=case.pictures / row.median_ms * 1e3) if case.pictures and row.median_ms else row
-            for row in rows
-        ],
-    )
-    return result.rated(ceilings)
+    where: dict[str, Any] = {"op": stage.name, "section": stage.section, "gpu": gpu_state(timer.device)}
+    return CaseResult(**vars(case), **where, input_sets=sets, rows=rows).rated(ceilings)
 
 
 def _measure_all(
@@ -182,7 +154,7 @@ def _measure_all(
         expected = stage.expected(case, inputs[0])
     except torch.cuda.OutOfMemoryError as error:
         # The card is too small for this case, whoever computes it.
-        remark = f"{_refusal(error)} for inputs and reference"
+        remark = f"{refusal(error)} for inputs and reference"
         return [Row(one.name, "eager", one.ours, remark=remark) for one in implementations]
     return [row for one in implementations for row in _measure(stage, case, one, inputs, expected, timer)]
 
@@ -213,7 +185,7 @@ def _measure(
             checked = replace(blank, errors={name: asdict(error) for name, error in errors.items()})
             rows = [_time_eager(stage, checked, prepared[0], runs, timer)]
         except Exception as error:  # whatever a peer raises is its own affair, and shown
-            return [replace(blank, remark=_refusal(error), failed=implementation.ours)]
+            return [replace(blank, remark=refusal(error), failed=implementation.ours)]
         if _captured(stage, implementation, timer):
             rows.append(_time_graph(stage, checked, runs, timer))
     return rows
@@ -225,36 +197,28 @@ def _captured(stage: Stage, implementation: Implementation, timer: Timer) -> boo
 
 def _time_eager(stage: Stage, row: Row, prepared: Prepared, runs: list[Run], timer: Timer) -> Row:
     time_runs = timer.wall if stage.wall_clock else timer.eager
-    row = _with_times(row, time_runs(runs))
+    figures = time_runs(runs).figures
     stages = {name: time_runs([run]).median for name, run in prepared.stages.items()}
-    return replace(row, stages=stages, peak_memory_mb=peak_memory_mb(runs[0], timer.device))
+    return replace(row, **figures, stages=stages, peak_memory_mb=peak_memory_mb(runs[0], timer.device))
 
 
 def _time_graph(stage: Stage, row: Row, runs: list[Run], timer: Timer) -> Row:
     row = replace(row, mode="graph")
     try:
-        return _with_times(row, timer.graph(runs[: stage.largest_graph]))
+        return replace(row, **timer.graph(runs[: stage.largest_graph]).figures)
     except Exception as error:  # a peer that waits for the device cannot be captured
-        return replace(row, remark=_refusal(error))
+        return replace(row, remark=refusal(error))
 
 
-def _with_times(row: Row, times: Times) -> Row:
-    p10_ms, p90_ms = times.percentile(10), times.percentile(90)
-    return replace(row, median_ms=times.median, p10_ms=p10_ms, p90_ms=p90_ms, samples=len(times.samples))
-
-
-def _refusal(error: Exception) -> str:
+def refusal(error: Exception, verb: str = "run") -> str:
+    """Return why something does not run, in one line; `verb` in place of "run"."""
     lines = str(error).strip().splitlines()
     if isinstance(error, ImportError):
         return f"not installed: {lines[0] if lines else type(error).__name__}"
     if isinstance(error, torch.cuda.OutOfMemoryError):
         torch.cuda.empty_cache()
-        return "does not run: out of memory"
-    return f"does not run: {type(error).__name__}: {lines[0][:160] if lines else ''}"
-
-
-def _choose(stage: Stage, against: tuple[str, ...] | None) -> list[Implementation]:
-    return [one for one in IMPLEMENTATIONS[stage.name].values() if one.ours or against is None or one.name in against]
+        return f"does not {verb}: out of memory"
+    return f"does not {verb}: {type(error).__name__}: {lines[0][:160] if lines else ''}"
 
 
 def _estimate(
@@ -277,8 +241,8 @@ def _check_settings(settings: Settings) -> None:
         raise ConfigurationError("section 'export' times exported models; name their folders with --artifact")
     for kind, asked, known in (
         ("section", settings.sections, SECTIONS),
-        ("op", settings.ops or (), tuple(STAGES)),
-        ("peer", settings.against or (), tuple({name for ones in IMPLEMENTATIONS.values() for name in ones})),
+        ("op", settings.ops or (), tuple(registry.STAGES)),
+        ("peer", settings.against or (), tuple({name for ones in registry.IMPLEMENTATIONS.values() for name in ones})),
     ):
         for name in asked:
             if name not in known:

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Callable, Iterable, Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from infimm_fast.benchmarks.report import CaseResult, Report, Row
+from infimm_fast.export.common.artifact import writing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 # Okabe and Ito's palette, which colour-blind people can tell apart.
-_OURS = ("#0072B2", "#56B4E9", "#003F63")
-_NAIVE = ("#8A8A8A", "#555555", "#BBBBBB")
-_PEERS = ("#E69F00", "#009E73", "#CC79A7", "#D55E00", "#B8A900")
+_PALETTES = {
+    "ours": ("#0072B2", "#56B4E9", "#003F63"),
+    "fastest peer": ("#E69F00", "#009E73", "#CC79A7", "#D55E00", "#B8A900"),
+    "naive": ("#8A8A8A", "#555555", "#BBBBBB"),
+}
 _STAGES = ("#F0E442", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#0072B2")
 _MARKERS = "osD^vPX*<>ph"
 # Beyond this many panels nobody reads a picture.
@@ -42,9 +46,8 @@ def draw_report(report: Report, folder: Path, stem: str = "") -> list[Path]:
     for name, (draw, _) in DRAWINGS.items():
         if (figure := draw(report)) is not None:
             files.append(folder / f"{stem}{name}.png")
-            partial = folder / f".{files[-1].name}.partial"
-            figure.savefig(partial, format="png", dpi=90)
-            partial.replace(files[-1])
+            with writing(files[-1]) as partial:
+                figure.savefig(partial, format="png", dpi=90)
     return files
 
 
@@ -62,11 +65,17 @@ def _panels(figure: Figure, titles: Iterable[str], columns: int, width: float) -
     titles = list(titles)
     axes = list(figure.subplots(-(-len(titles) // columns), columns, squeeze=False).flat)
     for panel, title in zip(axes, titles, strict=False):
-        panel.set_title("\n".join(textwrap.wrap(title, int(width * 12))), fontsize=9)
-        panel.tick_params(labelsize=8)
+        _title(panel, "\n".join(textwrap.wrap(title, int(width * 12))))
     for unused in axes[len(titles) :]:
         unused.remove()
     return axes[: len(titles)]
+
+
+def _title(axes: Axes, title: str) -> None:
+    axes.set_title(title, fontsize=9)
+    axes.tick_params(labelsize=8)
+    for one in (axes.xaxis, axes.yaxis):
+        one.label.set_fontsize(8)
 
 
 def _fastest(case: CaseResult) -> dict[str, Row]:
@@ -79,19 +88,21 @@ def _fastest(case: CaseResult) -> dict[str, Row]:
     return {name: rows[name] for name in names if name in rows}
 
 
-def _is_naive(name: str) -> bool:
-    return name.startswith("naive")
+def _kind(row: Row) -> str:
+    if row.ours:
+        return "ours"
+    return "naive" if row.implementation.startswith("naive") else "fastest peer"
 
 
 def _colours(report: Report) -> dict[str, str]:
     """Return one colour for each implementation, the same in all pictures of a run."""
-    colours: dict[str, str] = {}
-    used: dict[tuple[str, ...], int] = {}
-    for name, ours in dict.fromkeys((row.implementation, row.ours) for case in report.cases for row in case.rows):
-        palette = _OURS if ours else _NAIVE if _is_naive(name) else _PEERS
-        colours.setdefault(name, palette[used.get(palette, 0) % len(palette)])
-        used[palette] = used.get(palette, 0) + 1
-    return colours
+    palettes = {kind: cycle(palette) for kind, palette in _PALETTES.items()}
+    rows = {row.implementation: row for case in report.cases for row in case.rows}
+    return {name: next(palettes[_kind(row)]) for name, row in rows.items()}
+
+
+def _markers(names: Iterable[str]) -> dict[str, str]:
+    return dict(zip(dict.fromkeys(names), cycle(_MARKERS), strict=False))
 
 
 def _draw_bars(axes: Axes, bars: Sequence[tuple[float, float, str]], height: float) -> None:
@@ -134,7 +145,7 @@ def draw_bars(report: Report) -> Figure | None:
                 axes.plot([row.p10_ms or 0.0, row.p90_ms or 0.0], [place + 0.14] * 2, color=colour, linewidth=width)
         axes.set_yticks(range(len(names)), names)
         axes.set_ylim(max(len(names), 3) - 0.5, -0.5)
-        axes.set_xlabel("ms: bar and figure median, line p10 to p90", fontsize=8)
+        axes.set_xlabel("ms: bar and figure median, line p10 to p90")
     return figure
 
 
@@ -151,20 +162,15 @@ def draw_roofline(report: Report) -> Figure | None:
     low, high = min(*intensities, ridge) / 3, max(*intensities, ridge) * 3
     label = f"ceilings: matrix products {peak:.3g} TFLOP/s, copies {bandwidth * 1e3:.3g} GB/s"
     roof = axes.plot([low, ridge, high], [bandwidth * low, peak, peak], color="#222222", linewidth=1.4, label=label)
-    names = dict.fromkeys(case.op for case, _ in points)
-    markers = {name: _MARKERS[index % len(_MARKERS)] for index, name in enumerate(names)}
-    kinds = {"ours": _OURS[0], "fastest peer": _PEERS[0], "naive": _NAIVE[0]}
+    markers = _markers(case.op for case, _ in points)
+    kinds = {kind: palette[0] for kind, palette in _PALETTES.items()}
     for case, rows in points:
         best: dict[str, float] = {}
         for row in rows.values():
-            kind = "ours" if row.ours else "naive" if _is_naive(row.implementation) else "fastest peer"
-            best[kind] = max(best.get(kind, 0.0), row.tflops or 0.0)
+            best[_kind(row)] = max(best.get(_kind(row), 0.0), row.tflops or 0.0)
         for kind, rate in best.items():
             axes.plot(case.flops / case.bytes, rate, markers[case.op], color=kinds[kind], markersize=6, alpha=0.85)
-    axes.set_xscale("log")
-    axes.set_yscale("log")
-    axes.set_xlabel("FLOP per byte that must move")
-    axes.set_ylabel("TFLOP/s on true sizes")
+    axes.set(xscale="log", yscale="log", xlabel="FLOP per byte that must move", ylabel="TFLOP/s on true sizes")
     handles = [axes.plot([], [], "s", color=colour, label=kind)[0] for kind, colour in kinds.items()]
     handles += [axes.plot([], [], marker, color="#555555", label=op)[0] for op, marker in markers.items()]
     axes.legend(handles=handles, fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
@@ -187,22 +193,18 @@ def draw_scaling(report: Report) -> Figure | None:
     columns = min(4, len(series))
     figure = _figure(4.6 * columns, 3.3 * -(-len(series) // columns) + 1.2, f"Scaling: {report.title}")
     colours = _colours(report)
-    markers = {name: _MARKERS[index % len(_MARKERS)] for index, name in enumerate(colours)}
-    handles = {}
+    markers, handles = _markers(colours), {}
     panels = _panels(figure, (f"{op}: {name}" for op, name, _ in series), columns, 3.8)
     for axes, ((_, _, axis), cases) in zip(panels, series.items(), strict=True):
         for name in _lines(cases[max(cases)]):
             times = {value: row.median_ms or 0.0 for value, case in cases.items() if (row := _fastest(case).get(name))}
             style = {"color": colours[name], "marker": markers[name], "markersize": 4, "linewidth": 1.2}
             (handles[name],) = axes.plot(list(times), list(times.values()), label=name, **style)  # type: ignore[arg-type]
-        axes.set_xscale("log")
-        axes.set_yscale("log")
+        axes.set(xscale="log", yscale="log", xlabel=axis, ylabel="ms")
         axes.set_xticks(list(cases), [str(value) for value in cases])
         axes.minorticks_off()
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=12))
         axes.yaxis.set_major_formatter(FormatStrFormatter("%g"))
-        axes.set_xlabel(axis, fontsize=8)
-        axes.set_ylabel("ms", fontsize=8)
         axes.grid(alpha=0.25)
     figure.legend(handles=list(handles.values()), fontsize=9, loc="outside lower center", ncols=6, frameon=False)
     return figure
@@ -229,9 +231,8 @@ def draw_stages(report: Report) -> Figure | None:
     colours = dict(zip(stages, _STAGES, strict=False))
     for (whole, token), case in zip(grid, cases, strict=True):
         rows = [row for row in case.rows if row.stages]
-        for axes, title in ((whole, case.case), (token, "each further token")):
-            axes.set_title(title, fontsize=9)
-            axes.tick_params(labelsize=8)
+        _title(whole, case.case)
+        _title(token, "each further token")
         totals = [sum(time for stage, time in row.stages.items() if stage != "token") for row in rows]
         _draw_bars(whole, [(place, total, "none") for place, total in enumerate(totals)], 0.62)
         for place, row in enumerate(rows):
@@ -239,13 +240,14 @@ def draw_stages(report: Report) -> Figure | None:
             for stage, colour in colours.items():
                 whole.barh(place, row.stages.get(stage, 0.0), 0.62, left=left, color=colour)
                 left += row.stages.get(stage, 0.0)
-        steps = [(place, row.stages["token"], _OURS[0] if row.ours else _NAIVE[0]) for place, row in enumerate(rows)]
+        shades = [_PALETTES["ours" if row.ours else "naive"][0] for row in rows]
+        steps = [(place, row.stages["token"], shades[place]) for place, row in enumerate(rows)]
         _draw_bars(token, steps, 0.62)
         whole.set_yticks(range(len(rows)), [row.implementation for row in rows])
         token.set_yticks([])
         for axes in (whole, token):
             axes.invert_yaxis()
-            axes.set_xlabel("ms", fontsize=8)
+            axes.set_xlabel("ms")
     handles = [grid[0][0].barh([0], [0], color=colour, label=stage) for stage, colour in colours.items()]
     figure.legend(handles=handles, loc="outside lower center", ncols=len(colours), fontsize=8, frameon=False)
     return figure

@@ -49,8 +49,7 @@ class BenchCase(Case):
     @classmethod
     def of_op(cls, op: Op, case: Case, dtype: str, series: tuple[Series, ...] = ()) -> BenchCase:
         """Return a case of an op in one dtype, at the op's own cost."""
-        cost = op.cost(case, DTYPES[dtype])
-        return cls(**vars(case), dtype=dtype, flops=cost.flops, bytes=cost.bytes, series=series)
+        return cls(**vars(case), **vars(op.cost(case, DTYPES[dtype])), dtype=dtype, series=series)
 
     @property
     def torch_dtype(self) -> torch.dtype:

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from infimm_fast.benchmarks.ceilings import Ceilings
+from infimm_fast.benchmarks.registry import BenchCase
 from infimm_fast.errors import ConfigurationError
 from infimm_fast.export.common.artifact import write_json
 
-FORMAT = "infimm_fast benchmark 1"
+FORMAT = "infimm_fast benchmark 2"
 
 
 @dataclass(frozen=True)
@@ -54,41 +54,30 @@ class Row:
     failed: bool = False
 
 
-@dataclass(frozen=True)
-class CaseResult:
-    """All rows of one case.
+@dataclass(frozen=True, kw_only=True)
+class CaseResult(BenchCase):
+    """A case with all its rows.
 
     Attributes:
         op: name of the stage, which may be an op.
         section: its section.
-        case: name of the case.
-        sizes: see `infimm_fast.benchmarks.registry.BenchCase`, like the next six.
-        dtype: of the tensors.
-        importance: 0 is a main case.
-        backward: whether the backward pass is timed too.
-        flops: true FLOPs.
-        bytes: fewest bytes that must move.
-        series: of scaling plots.
-        bound: the ceiling that binds the case, "matmul" or "copy".
+        rows: one for each implementation and launch mode.
         input_sets: sets of inputs that rotated.
         gpu: clock, temperature and power after the case; empty on a CPU.
-        rows: one for each implementation and launch mode.
+        bound: the ceiling that binds the case, "matmul" or "copy".
     """
 
     op: str
     section: str
-    case: str
-    sizes: Mapping[str, int]
-    dtype: str
-    importance: int
-    backward: bool
-    flops: int
-    bytes: int
-    series: tuple[tuple[str, str, int], ...]
-    bound: str
-    input_sets: int
-    gpu: dict[str, str]
     rows: list[Row]
+    input_sets: int = 1
+    gpu: dict[str, str] = field(default_factory=dict)
+    bound: str = ""
+
+    @property
+    def case(self) -> str:
+        """Name of the case."""
+        return self.name
 
     @property
     def above_ceiling(self) -> bool:
@@ -98,10 +87,12 @@ class CaseResult:
     def rated(self, ceilings: Ceilings) -> CaseResult:
         """Return the case with its rates and shares by some ceilings."""
         least_ms, bound = ceilings.least_ms(self.flops, self.bytes)
-        rows = [
-            replace(row, tflops=self.flops / (row.median_ms * 1e9), share=least_ms / row.median_ms) if row.median_ms else row
-            for row in self.rows
-        ]
+        rows = []
+        for row in self.rows:
+            if ms := row.median_ms:
+                row = replace(row, tflops=self.flops / (ms * 1e9), share=least_ms / ms)
+                row = replace(row, pictures_per_s=self.pictures / ms * 1e3) if self.pictures else row
+            rows.append(row)
         return replace(self, bound=bound, rows=rows)
 
 
@@ -148,15 +139,25 @@ class Report:
         Raises:
             ConfigurationError: the file is not a report of this version.
         """
-        try:
-            content = json.loads(file.read_text())
-            found = content.pop("format", None) if isinstance(content, dict) else None
-        except (OSError, ValueError) as error:
-            raise ConfigurationError(f"{file} cannot be read as a benchmark report: {error}") from error
-        if found != FORMAT:
-            raise ConfigurationError(f"{file} has format {found!r}; expected {FORMAT!r}, as `infimm-fast bench` writes it")
-        cases = []
+        content, cases = read_json(file, "a benchmark report", FORMAT), []
         for case in content.pop("cases"):
-            rows, series = [Row(**row) for row in case["rows"]], tuple(tuple(one) for one in case["series"])
-            cases.append(CaseResult(**case | {"rows": rows, "series": series}))
+            lists = {name: tuple(value) for name, value in case.items() if isinstance(value, list)}
+            lists |= {"series": tuple(tuple(one) for one in case["series"])}
+            cases.append(CaseResult(**case | lists | {"rows": [Row(**row) for row in case["rows"]]}))
         return cls(**content, cases=cases)
+
+
+def read_json(file: Path, what: str, expected: str) -> dict[str, Any]:
+    """Return what a JSON file of the expected format says beside it.
+
+    Raises:
+        ConfigurationError: the file is no such file.
+    """
+    try:
+        content = json.loads(file.read_text())
+        found = content.pop("format", None) if isinstance(content, dict) else None
+    except (OSError, ValueError) as error:
+        raise ConfigurationError(f"{file} cannot be read as {what}: {error}") from error
+    if found != expected:
+        raise ConfigurationError(f"{file} has format {found!r}; expected {expected!r}; make it anew with this version")
+    return content

@@ -10,6 +10,7 @@ import argparse
 import importlib.util
 import tempfile
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -24,6 +25,8 @@ from infimm_fast.benchmarks.report import Report
 from infimm_fast.dtypes import DTYPES
 from infimm_fast.errors import ConfigurationError
 
+# At once, wherever the output goes.
+tell = partial(print, flush=True)
 GPU_PRESET, CPU_PRESET = "infimm-hd-vicuna-13b", "tiny"
 _USAGE = """\
 sections, or all:
@@ -39,7 +42,7 @@ sections, or all:
 instead of sections:
   compare BEFORE [AFTER]   JSON files of runs, or git revisions, which are run with the sections and options behind them;
                            what is installed is AFTER if there is none; the exit status is 1 if AFTER is slower
-  page [FOLDER]            write docs/performance.md of a checkout from its benchmarks/results
+  page [FOLDER]            make the figures of a checkout's docs/performance.md from its benchmarks/results
 """
 
 
@@ -190,8 +193,3 @@ def run_and_store(settings: Settings, out: Path, plot: bool) -> int:
     for failure in report.failed:
         tell(f"FAILED: {failure}")
     return int(bool(report.failed))
-
-
-def tell(line: str) -> None:
-    """Print a line at once, wherever the output goes."""
-    print(line, flush=True)

@@ -39,6 +39,12 @@ class Times:
         ordered = sorted(self.samples)
         return ordered[min(len(ordered) * percent // 100, len(ordered) - 1)]
 
+    @property
+    def figures(self) -> dict[str, Any]:
+        """What `infimm_fast.benchmarks.report.Row` says of them."""
+        percentiles = {f"p{percent}_ms": self.percentile(percent) for percent in (10, 90)}
+        return {"median_ms": self.median, **percentiles, "samples": len(self.samples)}
+
 
 class Timer:
     """Times functions on one device.

@@ -3,23 +3,11 @@
 #
 # Usage: bench_gpu.sh FOLDER BUDGET [part or benchmark section ...]      (make bench-gpu OUT=FOLDER SECTIONS="...")
 #
-# What matters most fits into two calls: "first" (tests of the ops, and the ops against all peers) within 400 seconds, then
-# "second" (decode, the tower, and the tuner) within 300.
+# tools/README.md lists the parts and their files. BUDGET seconds hold for all of it. A part gets a share of what is left by
+# its weight among the parts still to come, so that a short one leaves its time to the others and the last one gets the rest.
+# It is told its share, and stopped GRACE seconds after it; tests that are stopped report what they have done.
 #
-# Parts, in the order they run, the most valuable first; all of them without any:
-#   tests      the GPU tests, in parallel where pytest-xdist is installed   tests.txt, tests.xml
-#   ops, ...   sections of the benchmarks ("benchmarks" for all of them)    benchmarks.txt, a report, pictures
-#   tune       candidates for the launch configurations                    tune.txt, what the tuner writes
-#   sanitize   compute-sanitizer over a small case of every kernel          sanitize.txt, .json, a file for each tool
-#   profile    Nsight Compute over every kernel at its main size            profile.txt, profile.json, ncu.txt
-#
-# BUDGET seconds hold for all of it. A part gets a share of what is left by its weight among the parts still to come, so
-# that a short one leaves its time to the others and the last one gets the rest. It is told its share, and stopped
-# GRACE seconds after it; tests that are stopped report what they have done.
-#
-# Only the end of each part and one summary go to the standard output, for callers who see no more than its tail; the
-# rest is in FOLDER. Of more than 7 files all but the *.json and summary.txt are packed into logs.tar.gz, for machines
-# that hand back few files.
+# Only the end of each part and one summary go to the standard output, for callers who see no more than its tail.
 #
 # Environment: PYTHON; WORKERS, processes of the tests; TESTS, more arguments for pytest, as in TESTS='-k "decode and not
 # views"'. Exit status: 1 if a part failed, 3 if one was not run, 2 for wrong arguments, else 0.

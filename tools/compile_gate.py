@@ -13,17 +13,18 @@ from __future__ import annotations
 import argparse
 import platform
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 import torch
 
+from infimm_fast.benchmarks.tuning.candidates import add_choices, select_jobs
 from infimm_fast.export.common.artifact import write_json
-from infimm_fast.kernels.common.cases import GATE, Job, Op, find_ops, jobs_of
+from infimm_fast.kernels.common.cases import GATE, Job, Op
 from infimm_fast.kernels.common.configs import ARCHITECTURES
 from infimm_fast.kernels.common.launch import LaunchConfig
 from infimm_fast.kernels.common.offline import KernelSource, compile_triton, recorded_launches, source_of
@@ -34,6 +35,7 @@ SHARED_LIMIT = {80: 166912, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
 # Rows of the accumulator of a warp group's matrix instruction.
 WGMMA_ROWS = 64
 DTYPES = ("bfloat16", "float32")
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -95,8 +97,10 @@ def run_job(op: Op, job: Job) -> Verdict:
     return Verdict(op.name, job, config, code, judge(op, job, config, code))
 
 
-def _run_named(op: str, job: Job) -> Verdict:
-    return run_job(find_ops()[op], job)
+def in_processes(function: Callable[..., Result], tasks: Sequence[tuple], processes: int) -> Iterator[Result]:
+    """Yield what a function makes of each task, in their order, from processes that work beside each other."""
+    with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
+        yield from pool.map(function, *zip(*tasks, strict=True))
 
 
 def describe(verdict: Verdict) -> str:
@@ -112,51 +116,36 @@ def describe(verdict: Verdict) -> str:
     )
 
 
-def row_of(verdict: Verdict) -> dict[str, Any]:
-    """Return a row as it is stored."""
-    job = verdict.job
-    named = {"op": verdict.op, "kernel": job.kernel, "case": job.case.name, "dtype": job.dtype, "arch": job.arch}
-    return {
-        "job": named,
-        "config": asdict(verdict.config),
-        "code": asdict(verdict.code),
-        "failures": verdict.failures,
-    }
-
-
 def write_report(path: Path, verdicts: Sequence[Verdict]) -> None:
     """Write all rows as JSON, with the versions that made them; a report that is there is replaced as a whole."""
     import triton
 
     versions = {"triton": triton.__version__, "torch": torch.__version__, "python": platform.python_version()}
+    rows = []
+    for verdict in verdicts:
+        row, job = asdict(verdict), verdict.job
+        named = {"op": row.pop("op"), "kernel": job.kernel, "case": job.case.name, "dtype": job.dtype, "arch": job.arch}
+        rows.append(row | {"job": named})
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(path, {"versions": versions, "rows": [row_of(verdict) for verdict in verdicts]})
+    write_json(path, {"versions": versions, "rows": rows})
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the gate; the exit status is 1 if any row fails."""
-    ops = find_ops()
     parser = argparse.ArgumentParser(description="Compile every shipped kernel configuration without a GPU.")
     parser.add_argument("--out", type=Path, help="JSON file for the rows")
-    parser.add_argument("--op", nargs="+", choices=tuple(ops), default=tuple(ops))
+    add_choices(parser)
     parser.add_argument("--arch", type=int, nargs="+", choices=ARCHITECTURES, default=ARCHITECTURES)
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=DTYPES)
-    parser.add_argument("--width", type=int, nargs="+", help="head dims, or channels of ops without heads; default: all")
     parser.add_argument("--processes", type=int, default=2)
     options = parser.parse_args(arguments)
-    jobs = [
-        (name, job)
-        for name in options.op
-        for job in jobs_of(ops[name], GATE, options.dtype, options.arch)
-        if options.width is None or ops[name].width(job.case) in options.width
-    ]
+    jobs = select_jobs(GATE, options.dtype, options.arch, options)
     if not jobs:
-        parser.error(f"no row has a width of {options.width}")
+        parser.error("no row has such an op, kernel and width")
     verdicts = []
-    with ProcessPoolExecutor(options.processes, mp_context=get_context("spawn")) as pool:
-        for verdict in pool.map(_run_named, *zip(*jobs, strict=True)):
-            print(describe(verdict), flush=True)
-            verdicts.append(verdict)
+    for verdict in in_processes(run_job, jobs, options.processes):
+        print(describe(verdict), flush=True)
+        verdicts.append(verdict)
     failed = [verdict for verdict in verdicts if verdict.failures]
     print(f"{len(verdicts)} rows, {len(failed)} failed")
     if options.out:

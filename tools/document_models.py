@@ -10,7 +10,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from infimm_fast.benchmarks.document import markdown_table
 from infimm_fast.cli.inspect import COST_COLUMNS, COST_LEGEND, cost_rows, count_preset, format_bytes, parse_size
+from infimm_fast.export.common.artifact import writing
 from infimm_fast.models.infimm_hd.presets import preset
 
 _COMPUTED = re.compile(r"(<!-- computed: (\S+)((?: \d+x\d+)+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -31,24 +33,18 @@ def describe(name: str, sizes: Sequence[str]) -> str:
     costs = cost_rows(config, [parse_size(size) for size in sizes])
     return (
         f"Preset `{name}`, 16-bit numbers:\n\n"
-        + _table(["part", "parameters", "memory"], part_rows)
+        + markdown_table(["part", "parameters", "memory"], part_rows, "---:")
         + "\n"
-        + _table(list(COST_COLUMNS), costs)
+        + markdown_table(COST_COLUMNS, costs, "---:")
         + f"\n{COST_LEGEND}\n"
     )
-
-
-def _table(header: list[str], rows: list[list[str]]) -> str:
-    lines = [header, ["---", *("---:" for _ in header[1:])], *rows]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def main(files: Sequence[str]) -> None:
     """Rewrite these pages."""
     for file in map(Path, files):
-        partial = file.with_name(f".{file.name}.partial")
-        partial.write_text(update_page(file.read_text()))
-        partial.replace(file)
+        with writing(file) as partial:
+            partial.write_text(update_page(file.read_text()))
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,15 +92,13 @@ def inspect_code(compiled: Any) -> Code:
     """Read the machine code of a kernel that `compile_triton` made."""
     registers, sass = disassemble(compiled.asm["cubin"])
     code = parse_sass(sass)
-    accesses: dict[int, int] = {}
-    for width in (one.global_bytes for one in code if one.global_bytes):
-        accesses[width] = accesses.get(width, 0) + 1
+    accesses = Counter(one.global_bytes for one in code if one.global_bytes)
     loop = hot_loop(code)
     return Code(
         registers=registers,
         shared=compiled.metadata.shared,
         spills=sum(one.spills for one in code),
-        accesses=accesses,
+        accesses=dict(accesses),
         wgmma=count(code, "HGMMA."),
         loop_wgmma=count(loop, "HGMMA."),
         loop_waits=count(loop, "WARPGROUP.DEPBAR"),

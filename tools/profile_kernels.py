@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import re
 import shutil
-import time
 
 from infimm_fast.kernels.common.cases import PROFILE
 from launch import cases_with, kernel_names
-from watch import Verdict, Watch, finish, last_line, launch_command, parser_of
+from watch import last_line, launch_command, parser_of, watch_cases
 
 PROGRAM = "ncu"
 # Whole sections, whose metrics have other names on every GPU generation, rather than metrics by name: one that is not
@@ -21,10 +20,10 @@ SECTIONS = ("SpeedOfLight", "Occupancy", "WarpStateStats", "SchedulerStats", "La
 SECTIONS += ("ComputeWorkloadAnalysis", "MemoryWorkloadAnalysis")
 
 
-def ncu_command(program: str, name: str) -> list[str]:
-    """Return the command that profiles the second run of a case."""
+def ncu_command(tool: str, name: str) -> list[str]:
+    """Return the command that profiles the second run of a case; there is but one tool."""
     kernels = "|".join(kernel_names(*cases_with(PROFILE)[name]))
-    command = [program, "--page", "details", "--clock-control", "none"]
+    command = [PROGRAM, "--page", "details", "--clock-control", "none"]
     command += ["--profile-from-start", "off", "--target-processes", "application-only"]
     command += ["--kernel-name-base", "function", "--kernel-name", f"regex:^({kernels})$"]
     command += [word for section in SECTIONS for word in ("--section", section)]
@@ -47,16 +46,9 @@ def judge(name: str, status: int, output: str) -> tuple[str, str]:
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; the exit status is 1 if a case failed, else 3 if one was not run, else 0."""
     options = parser_of(__doc__, list(cases_with(PROFILE))).parse_args(arguments)
-    program = shutil.which(PROGRAM)
-    if program is None:
-        words = f"{PROGRAM} is not installed"
-        return finish(options.out / "profile.json", [Verdict("ncu", name, "not run", words) for name in options.cases])
-    deadline = time.monotonic() + options.budget
-    verdicts = Watch(options.out, deadline, options.workers).alone(options.cases)
+    missing = "" if shutil.which(PROGRAM) else f"{PROGRAM} is not installed"
     # One at a time: the profiler reads counters of the whole device.
-    watch = Watch(options.out, deadline, workers=1)
-    verdicts += watch.all("ncu", options.cases, lambda name: ncu_command(program, name), judge)
-    return finish(options.out / "profile.json", verdicts)
+    return watch_cases(options, "profile.json", ("ncu",), ncu_command, judge, missing=missing, workers=1)
 
 
 if __name__ == "__main__":

@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import re
 import shutil
-import time
 
 from infimm_fast.kernels.common.cases import SMALL
 from launch import cases_with
-from watch import Verdict, Watch, finish, last_line, launch_command, parser_of
+from watch import last_line, launch_command, parser_of, watch_cases
 
 PROGRAM = "compute-sanitizer"
 # In the order of what they find in kernels without atomics: where time is short, the last ones are left out.
@@ -38,28 +37,21 @@ def judge(name: str, status: int, output: str) -> tuple[str, str]:
     return "failed", complaint[1] if status == _ERROR_STATUS and complaint else last_line(output)
 
 
+def sanitizer_command(tool: str, name: str) -> list[str]:
+    """Return the command that runs a case under a tool."""
+    options = ["--tool", tool, "--error-exitcode", str(_ERROR_STATUS), *_OPTIONS.get(tool, [])]
+    return [PROGRAM, *options, *launch_command(name)]
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; the exit status is 1 if anything is wrong, else 3 if anything was not run, else 0."""
     parser = parser_of(__doc__, list(cases_with(SMALL)))
     parser.add_argument("--tools", nargs="+", choices=TOOLS, default=TOOLS)
     options = parser.parse_args(arguments)
-    program = shutil.which(PROGRAM)
-    if program is None:
-        words = f"{PROGRAM} is not installed"
-        verdicts = [Verdict(tool, name, "not run", words) for tool in options.tools for name in options.cases]
-        return finish(options.out / "sanitize.json", verdicts)
-    watch = Watch(options.out, time.monotonic() + options.budget, options.workers)
-    verdicts = watch.alone(options.cases)
-    for tool in options.tools:
-        command = [program, "--tool", tool, "--error-exitcode", str(_ERROR_STATUS), *_OPTIONS.get(tool, [])]
-        verdicts += watch.all(
-            tool,
-            options.cases,
-            lambda name, command=command: [*command, *launch_command(name)],
-            judge,
-            {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
-        )
-    return finish(options.out / "sanitize.json", verdicts)
+    missing = "" if shutil.which(PROGRAM) else f"{PROGRAM} is not installed"
+    variables = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    watched = (options, "sanitize.json", options.tools, sanitizer_command, judge)
+    return watch_cases(*watched, missing=missing, environment=variables)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 from infimm_fast.export.common.artifact import write_json
@@ -21,6 +22,8 @@ PASSED, FAILED, NOT_RUN = 0, 1, 3
 # What one process costs before its first kernel: importing torch, making a CUDA context.
 START_SECONDS = 15.0
 OUTCOMES = ("passed", "failed", "not run")
+# Takes the name of a case, the exit status and all output, and returns an outcome and why.
+Judge = Callable[[str, int, str], tuple[str, str]]
 
 
 @dataclass(frozen=True)
@@ -42,64 +45,71 @@ class Verdict:
     seconds: float = 0.0
 
 
-@dataclass
-class Watch:
-    """Runs cases under tools until a deadline, and keeps what they print.
+def watch_cases(
+    options: argparse.Namespace,
+    file: str,
+    tools: Sequence[str],
+    command: Callable[[str, str], list[str]],
+    judge: Judge,
+    *,
+    missing: str = "",
+    environment: Mapping[str, str] | None = None,
+    workers: int = 0,
+) -> int:
+    """Run cases alone, so that no tool has to wait for the compiler, then under each tool; return the exit status.
 
-    Attributes:
-        folder: of the files, one for each tool.
-        deadline: by `time.monotonic`; what is not begun before it is not run.
-        workers: processes at a time.
+    Args:
+        options: of `parser_of`.
+        file: name of the JSON file of the verdicts.
+        tools: names.
+        command: takes a tool and a case, and returns what is run.
+        judge: of the output under a tool.
+        missing: why no tool can run, "" if they can.
+        environment: variables under a tool, beside those of this process.
+        workers: processes under a tool at a time, if not as many as without one.
     """
-
-    folder: Path
-    deadline: float
-    workers: int
-
-    def all(
-        self,
-        tool: str,
-        names: Sequence[str],
-        command: Callable[[str], list[str]],
-        judge: Callable[[str, int, str], tuple[str, str]],
-        environment: Mapping[str, str] | None = None,
-    ) -> list[Verdict]:
-        """Run one tool over cases.
-
-        Args:
-            tool: its name.
-            names: of cases.
-            command: takes a name and returns what is run.
-            judge: takes a name, the exit status and all output, and returns an outcome and why.
-            environment: variables beside those of this process.
-        """
-
-        def run(name: str) -> tuple[Verdict, str]:
-            started = time.monotonic()
-            left = self.deadline - started
-            if left < START_SECONDS:
-                return Verdict(tool, name, "not run", "no time left"), ""
-            status, output = run_process(command(name), left, environment)
-            seconds = round(time.monotonic() - started, 1)
-            if status is None:
-                return Verdict(tool, name, "not run", "ended: no time left", seconds), output
-            return Verdict(tool, name, *judge(name, status, output), seconds), output
-
-        with ThreadPoolExecutor(self.workers) as pool:
-            done = list(pool.map(run, names))
-        self.folder.mkdir(parents=True, exist_ok=True)
-        text = "".join(f"=== {verdict.case}: {verdict.outcome} {verdict.words}\n{output}\n" for verdict, output in done)
-        (self.folder / f"{tool}.txt").write_text(text)
-        return [verdict for verdict, _ in done]
-
-    def alone(self, names: Sequence[str]) -> list[Verdict]:
-        """Run cases without a tool, so that their kernels are compiled before one slows everything; return what failed."""
-        verdicts = self.all("alone", names, launch_command, lambda name, status, output: outcome_of(status, output))
-        return [verdict for verdict in verdicts if verdict.outcome == "failed"]
+    if missing:
+        verdicts = [Verdict(tool, name, "not run", missing) for tool in tools for name in options.cases]
+        return finish(options.out / file, verdicts)
+    deadline = time.monotonic() + options.budget
+    alone = _run_cases("alone", options, deadline, launch_command, _judge_alone)
+    verdicts = [verdict for verdict in alone if verdict.outcome == "failed"]
+    options.workers = workers or options.workers
+    for tool in tools:
+        verdicts += _run_cases(tool, options, deadline, partial(command, tool), judge, environment)
+    return finish(options.out / file, verdicts)
 
 
-def outcome_of(status: int, output: str) -> tuple[str, str]:
-    """Return the outcome of a program that nothing watches: its exit status, and its last line if that is not 0."""
+def _run_cases(
+    tool: str,
+    options: argparse.Namespace,
+    deadline: float,
+    command: Callable[[str], list[str]],
+    judge: Judge,
+    environment: Mapping[str, str] | None = None,
+) -> list[Verdict]:
+    """Run one tool over cases; what is not begun before the deadline, by `time.monotonic`, is not run."""
+
+    def run(name: str) -> tuple[Verdict, str]:
+        started = time.monotonic()
+        left = deadline - started
+        if left < START_SECONDS:
+            return Verdict(tool, name, "not run", "no time left"), ""
+        status, output = run_process(command(name), left, environment)
+        seconds = round(time.monotonic() - started, 1)
+        if status is None:
+            return Verdict(tool, name, "not run", "ended: no time left", seconds), output
+        return Verdict(tool, name, *judge(name, status, output), seconds), output
+
+    with ThreadPoolExecutor(options.workers) as pool:
+        done = list(pool.map(run, options.cases))
+    options.out.mkdir(parents=True, exist_ok=True)
+    text = "".join(f"=== {verdict.case}: {verdict.outcome} {verdict.words}\n{output}\n" for verdict, output in done)
+    (options.out / f"{tool}.txt").write_text(text)
+    return [verdict for verdict, _ in done]
+
+
+def _judge_alone(name: str, status: int, output: str) -> tuple[str, str]:
     return ("failed", last_line(output)) if status else ("passed", "")
 
 
@@ -123,22 +133,15 @@ def run_process(
         env=os.environ | (environment or {}),
         start_new_session=True,
     )
-    status: int | None = None
     try:
         output, _ = process.communicate(timeout=max(seconds, 0.0))
-        status = process.returncode
-    except subprocess.TimeoutExpired:
-        _kill_session(process.pid)
-        output, _ = process.communicate()
-    except BaseException:
-        _kill_session(process.pid)
-        raise
-    return status, output
-
-
-def _kill_session(leader: int) -> None:
-    with suppress(ProcessLookupError):
-        os.killpg(leader, signal.SIGKILL)
+        return process.returncode, output
+    except BaseException as error:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        if not isinstance(error, subprocess.TimeoutExpired):
+            raise
+        return None, process.communicate()[0]
 
 
 def launch_command(*arguments: str) -> list[str]:

@@ -70,9 +70,8 @@ class Preprocess(Stage):
 
     def make_inputs(self, case: BenchCase, device: torch.device, seed: int) -> Inputs:
         """Return the files and the processor."""
-        processor = InfiMMHDImageProcessor.from_config(preset(case.preset))
         jpegs = [make_jpeg(case.sizes["side"], seed + row) for row in range(case.sizes["rows"])]
-        return {"processor": processor, "jpegs": jpegs, "device": device}
+        return {"processor": InfiMMHDImageProcessor.from_config(preset(case.preset)), "jpegs": jpegs, "device": device}
 
     def reference(self, case: BenchCase, inputs: Inputs, dtype: torch.dtype) -> Outputs:
         """Return the tiles, normalised in `dtype`."""
@@ -88,9 +87,10 @@ class Preprocess(Stage):
         return {"out": ((pixels.to(wide) / 255 - mean) / std).to(dtype)}
 
 
-def _preprocess(case: BenchCase, inputs: Inputs, device: torch.device) -> Prepared:
+@register_implementation("preprocess", "infimm_fast", ours=True, graph=False)
+def _preprocess(case: BenchCase, inputs: Inputs) -> Prepared:
     """Return the way from files to tiles on the device with their grids, and its stages."""
-    processor, jpegs = inputs["processor"], inputs["jpegs"]
+    processor, jpegs, device = inputs["processor"], inputs["jpegs"], inputs["device"]
 
     def read() -> list[Image.Image]:
         return [load_image(jpeg) for jpeg in jpegs]
@@ -107,19 +107,13 @@ def _preprocess(case: BenchCase, inputs: Inputs, device: torch.device) -> Prepar
     return Prepared(run, {"jpeg": read, "tiling": lambda: processor(pictures), "copy": lambda: copy(pixels)})
 
 
-@register_implementation("preprocess", "infimm_fast", ours=True, graph=False)
-def _pillow(case: BenchCase, inputs: Inputs) -> Prepared:
-    return _preprocess(case, inputs, inputs["device"])
-
-
 register_stage(Preprocess())
 
 
-class EndToEnd(models.ModelStage):
+class EndToEnd(models.ModelStage, Preprocess):
     """JPEG files and a prompt to the first token's logits; stages: how long each part and each further token takes."""
 
     name, section = "end_to_end", "e2e"
-    wall_clock = True
 
     def cases(self, plan: Plan) -> list[BenchCase]:
         """Return batches of rows with one picture of the largest grid and a prompt each."""
@@ -145,17 +139,13 @@ class EndToEnd(models.ModelStage):
     def make_inputs(self, case: BenchCase, device: torch.device, seed: int) -> Inputs:
         """Return the model, the processor, the files and the prompts."""
         model = models.load_model(case.preset, case.dtype, device)
-        return {
-            "model": model,
-            "processor": InfiMMHDImageProcessor.from_config(model.config),
-            "jpegs": [make_jpeg(case.sizes["side"], seed + row) for row in range(case.sizes["rows"])],
-            "ids": models.make_ids(model.config, case.sizes["rows"], case.sizes["tokens"], device),
-        }
+        ids = models.make_ids(model.config, case.sizes["rows"], case.sizes["tokens"], device)
+        return super().make_inputs(case, device, seed) | {"model": model, "ids": ids}
 
     def make_run(self, case: BenchCase, inputs: Inputs) -> Prepared:
         """Return the way to the first token, with its stages and the further tokens' step."""
         model, ids = inputs["model"], inputs["ids"]
-        to_tiles = _preprocess(case, inputs, model.device)
+        to_tiles = _preprocess(case, inputs)
 
         def prefill(features: torch.Tensor) -> Any:
             context = models.make_context(model, features, len(ids))

@@ -2,21 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 
-from infimm_fast.benchmarks.registry import (
-    BenchCase,
-    Plan,
-    Prepared,
-    Run,
-    Stage,
-    needs_cuda,
-    register_implementation,
-    register_stage,
-)
+from infimm_fast.benchmarks import registry
+from infimm_fast.benchmarks.registry import BenchCase, Plan, Prepared, Run, Stage
 from infimm_fast.benchmarks.suites.model import check_deviation, make_ids
 from infimm_fast.errors import ConfigurationError
 from infimm_fast.kernels.common.cases import Inputs
@@ -75,7 +67,7 @@ class ExportedModel(Stage):
 
     def expected(self, case: BenchCase, inputs: Inputs) -> torch.Tensor:
         """Return the CPU provider's visual tokens."""
-        return _prepare(case, inputs, "cpu").run()
+        return _prepare("cpu", case, inputs).run()
 
     def check(self, case: BenchCase, inputs: Inputs, expected: Any, implementation: str, run: Run) -> dict[str, Errors]:
         """Return the deviation from the CPU provider; see `Stage.check`."""
@@ -90,7 +82,7 @@ def _load(folder: str, provider: str = "cpu") -> Any:
     return load(folder, provider)
 
 
-def _prepare(case: BenchCase, inputs: Inputs, provider: str) -> Prepared:
+def _prepare(provider: str, case: BenchCase, inputs: Inputs) -> Prepared:
     exported = _load(case.artifact, provider)
     pixels, grids, ids = inputs["pixels"], inputs["grids"], inputs["ids"]
     one = torch.ones(1, dtype=torch.int64)
@@ -99,22 +91,15 @@ def _prepare(case: BenchCase, inputs: Inputs, provider: str) -> Prepared:
         return exported.encode_tiles(pixels, grids, one)
 
     def first_token(encoded: Any) -> torch.Tensor:
-        return exported.generate_tokens(ids, torch.ones_like(ids), encoded, max_new_tokens=1)
-
-    def run() -> torch.Tensor:
-        encoded = encode()
-        first_token(encoded)
+        exported.generate_tokens(ids, torch.ones_like(ids), encoded, max_new_tokens=1)
         return exported.backend.to_tensor(encoded.features).float()
 
-    encoded = encode()
-    return Prepared(run, {"encode": encode, "first token": lambda: first_token(encoded)})
+    stages: dict[str, Run] = {"encode": encode, "first token": partial(first_token, encode())}
+    return Prepared(lambda: first_token(encode()), stages)
 
 
-def _on(provider: str) -> Callable[[BenchCase, Inputs], Prepared]:
-    return lambda case, inputs: _prepare(case, inputs, provider)
-
-
-register_stage(ExportedModel())
-register_implementation(NAME, "onnxruntime cpu", graph=False)(_on("cpu"))
-for _provider in ("cuda", "tensorrt"):
-    register_implementation(NAME, f"onnxruntime {_provider}", graph=False, requires=needs_cuda)(_on(_provider))
+registry.register_stage(ExportedModel())
+for _provider in ("cpu", "cuda", "tensorrt"):
+    _properties = {} if _provider == "cpu" else {"requires": registry.needs_cuda}
+    _register = registry.register_implementation(NAME, f"onnxruntime {_provider}", graph=False, **_properties)
+    _register(partial(_prepare, _provider))

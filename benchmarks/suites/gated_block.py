@@ -4,29 +4,17 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 
 import torch
 
-from infimm_fast.benchmarks.registry import (
-    BenchCase,
-    Plan,
-    Run,
-    Stage,
-    needs_cuda,
-    register_implementation,
-    register_stage,
-)
+from infimm_fast.benchmarks import registry
+from infimm_fast.benchmarks.registry import BenchCase, Plan, Run, Stage
+from infimm_fast.benchmarks.suites import interval_attention as interval
 from infimm_fast.benchmarks.suites.attention import Maker, once_for_case, sdpa
-from infimm_fast.benchmarks.suites.interval_attention import (
-    additive_mask,
-    masked_flex,
-    masked_naive,
-    model_cases,
-    needs_full_visibility,
-    padded,
-)
 from infimm_fast.dtypes import DTYPES
-from infimm_fast.kernels.common.cases import Inputs, Outputs
+from infimm_fast.kernels.common.cases import Cost, Inputs, Outputs
 from infimm_fast.kernels.common.numerics import outlier_normal
 from infimm_fast.kernels.interval.cases import checked_part, make_kv_range, visible_pairs, visual_tokens
 from infimm_fast.models.infimm_hd import costs
@@ -47,20 +35,13 @@ class GatedBlock(Stage):
         hidden = config.text_config.hidden_size
         widths = {"hidden": hidden, "visual": config.vision_config.hidden_size}
         widths["inner"] = int(hidden * config.cross_attention_ff_mult)
-        for case, series in model_cases(plan):
+        for case, series in interval.model_cases(plan):
             sizes, text = case.sizes, case.sizes["rows"] * case.sizes["tokens"]
             moved = costs.gated_block_parameters(config) + 2 * text * hidden
             moved += 2 * visual_tokens(sizes) * sizes["heads"] * sizes["head_dim"]
-            measured = BenchCase(
-                name=case.name,
-                sizes={**sizes, **widths},
-                importance=case.importance,
-                dtype=plan.dtype,
-                flops=costs.one_gated_block_flops(config, text, visible_pairs(sizes)),
-                bytes=moved * DTYPES[plan.dtype].itemsize,
-                series=series,
-            )
-            cases.append(measured)
+            cost = Cost(costs.one_gated_block_flops(config, text, visible_pairs(sizes)), moved * DTYPES[plan.dtype].itemsize)
+            wider = replace(case, sizes={**sizes, **widths})
+            cases.append(BenchCase(**vars(wider), **vars(cost), dtype=plan.dtype, series=series))
         return cases
 
     def make_inputs(self, case: BenchCase, device: torch.device, seed: int) -> Inputs:
@@ -128,8 +109,8 @@ def _plain_block(make: Maker, project: bool = False) -> Callable[[BenchCase, Inp
         attention = make(case, x.device)
         attn, feed_forward = block.attn, block.ff
         keep = inputs["has_image"][:, None, None].to(x.dtype)
-        features = padded(case, inputs["features"])  # [B, S_row, C_v]
-        cached = [padded(case, tensor) for tensor in inputs["key_value"]]
+        features = interval.padded(case, inputs["features"])  # [B, S_row, C_v]
+        cached = [interval.padded(case, tensor) for tensor in inputs["key_value"]]
 
         def run() -> torch.Tensor:
             k, v = cached
@@ -162,12 +143,13 @@ def _our_block(backend: str, fused: bool = False, fold: bool = False) -> Callabl
     return prepare
 
 
-register_stage(GatedBlock())
-register_implementation(NAME, "naive")(_plain_block(masked_naive, project=True))
-register_implementation(NAME, "naive, K/V cached")(_plain_block(masked_naive))
-register_implementation(NAME, "sdpa dense mask")(_plain_block(lambda case, device: sdpa(additive_mask(case, device))))
-register_implementation(NAME, "sdpa unmasked", requires=needs_full_visibility)(_plain_block(lambda case, device: sdpa()))
-register_implementation(NAME, "flex", requires=needs_cuda, setup_seconds=8)(_plain_block(masked_flex("flex")))
-register_implementation(NAME, "infimm_fast", ours=True, requires=needs_cuda)(_our_block("triton"))
-register_implementation(NAME, "fused", ours=True)(_our_block("auto", fused=True))
-register_implementation(NAME, "fused folded", ours=True)(_our_block("auto", fused=True, fold=True))
+registry.register_stage(GatedBlock())
+_register = partial(registry.register_implementation, NAME)
+_register("naive")(_plain_block(interval.masked_naive, project=True))
+_register("naive, K/V cached")(_plain_block(interval.masked_naive))
+_register("sdpa dense mask")(_plain_block(lambda case, device: sdpa(interval.additive_mask(case, device))))
+_register("sdpa unmasked", requires=interval.needs_full_visibility)(_plain_block(lambda case, device: sdpa()))
+_register("flex", requires=registry.needs_cuda, setup_seconds=8)(_plain_block(interval.masked_flex("flex")))
+_register("infimm_fast", ours=True, requires=registry.needs_cuda)(_our_block("triton"))
+_register("fused", ours=True)(_our_block("auto", fused=True))
+_register("fused folded", ours=True)(_our_block("auto", fused=True, fold=True))

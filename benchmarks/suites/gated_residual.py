@@ -7,15 +7,8 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
-from infimm_fast.benchmarks.registry import (
-    BenchCase,
-    OpStage,
-    Plan,
-    Run,
-    needs_cuda,
-    register_implementation,
-    register_stage,
-)
+from infimm_fast.benchmarks import registry
+from infimm_fast.benchmarks.registry import BenchCase, OpStage, Plan, Run
 from infimm_fast.kernels.common.cases import Case, Inputs
 from infimm_fast.kernels.residual.cases import LEAVES, OP
 
@@ -38,7 +31,7 @@ def _cases(plan: Plan) -> list[BenchCase]:
     ]
 
 
-register_stage(OpStage(OP, "ops", _cases))
+registry.register_stage(OpStage(OP, "ops", _cases))
 
 
 def naive(
@@ -49,17 +42,17 @@ def naive(
     return out, F.layer_norm(out, out.shape[-1:], norm_weight, norm_bias)
 
 
-@register_implementation(OP.name, "naive")
+@registry.register_implementation(OP.name, "naive")
 def _naive(case: BenchCase, inputs: Inputs, run: Callable = naive) -> Run:
     return lambda: run(*(inputs[name] for name in LEAVES))
 
 
-@register_implementation(OP.name, "naive compiled", setup_seconds=10)
+@registry.register_implementation(OP.name, "naive compiled", setup_seconds=10)
 def _compiled(case: BenchCase, inputs: Inputs) -> Run:
     return _naive(case, inputs, torch.compile(naive, dynamic=False))
 
 
-@register_implementation(OP.name, "liger layer norm", requires=needs_cuda)
+@registry.register_implementation(OP.name, "liger layer norm", requires=registry.needs_cuda)
 def _liger(case: BenchCase, inputs: Inputs) -> Run:
     from liger_kernel.ops.layer_norm import LigerLayerNormFunction  # type: ignore[import-not-found]
 

@@ -10,16 +10,8 @@ import torch
 from torch.nn.attention import SDPBackend
 
 from infimm_fast.benchmarks.registry import BenchCase, OpStage, Plan, Series, needs_cuda, register_stage
-from infimm_fast.benchmarks.suites.attention import (
-    FLEX_PROPERTIES,
-    FORCED,
-    Attention,
-    Maker,
-    flex,
-    naive,
-    register_attention,
-    sdpa,
-)
+from infimm_fast.benchmarks.suites import attention as peers
+from infimm_fast.benchmarks.suites.attention import Attention, Maker
 from infimm_fast.kernels.common.cases import Case, Inputs
 from infimm_fast.kernels.interval.cases import OP, make_sizes, row_length, row_ranges, visual_tokens
 
@@ -101,7 +93,7 @@ def additive_mask(case: BenchCase, device: torch.device) -> torch.Tensor:
 def masked_naive(case: BenchCase, device: torch.device) -> Attention:
     """Return the naive path with a dense mask."""
     mask = additive_mask(case, device)
-    return lambda q, k, v: naive(q, k, v, mask)
+    return lambda q, k, v: peers.naive(q, k, v, mask)
 
 
 def masked_flex(mode: str) -> Maker:
@@ -111,14 +103,14 @@ def masked_flex(mode: str) -> Maker:
         from torch.nn.attention.flex_attention import create_block_mask
 
         if all_visible(case):
-            return flex(mode)
+            return peers.flex(mode)
         start, end = torch.tensor(row_ranges(case.sizes), device=device).T.contiguous()
 
         def visible(batch: Any, head: Any, query: Any, key: Any) -> Any:
             return (key >= start[query]) & (key < end[query])
 
         shape = (None, None, case.sizes["tokens"], row_length(case.sizes))
-        return flex(mode, create_block_mask(visible, *shape, device=str(device)))
+        return peers.flex(mode, create_block_mask(visible, *shape, device=str(device)))
 
     return make
 
@@ -136,17 +128,17 @@ def _parts(case: BenchCase, inputs: Inputs) -> tuple[torch.Tensor, ...]:
 
 
 def _masked(backend: SDPBackend | None, case: BenchCase, device: torch.device) -> Attention:
-    return sdpa(additive_mask(case, device), backend)
+    return peers.sdpa(additive_mask(case, device), backend)
 
 
 register_stage(OpStage(OP, "cross", _cases))
-_register = partial(register_attention, OP.name, _parts)
+_register = partial(peers.register_attention, OP.name, _parts)
 _register("naive", masked_naive)
 _register("sdpa dense mask", partial(_masked, None))
 for _name in ("cudnn", "efficient"):
-    _register(f"sdpa {_name} dense mask", partial(_masked, FORCED[_name]), requires=needs_cuda)
+    _register(f"sdpa {_name} dense mask", partial(_masked, peers.FORCED[_name]), requires=needs_cuda)
 for _name in ("cudnn", "flash"):
-    _unmasked = partial(lambda backend, case, device: sdpa(None, backend), FORCED[_name])
+    _unmasked = partial(lambda backend, case, device: peers.sdpa(None, backend), peers.FORCED[_name])
     _register(f"sdpa {_name} unmasked", _unmasked, requires=needs_full_visibility)
-for _name, _properties in FLEX_PROPERTIES.items():
+for _name, _properties in peers.FLEX_PROPERTIES.items():
     _register(_name, masked_flex(_name), **_properties)

@@ -11,19 +11,8 @@ from typing import Any
 
 import torch
 
-from infimm_fast.benchmarks.registry import (
-    IMPLEMENTATIONS,
-    STAGES,
-    BenchCase,
-    Plan,
-    Prepared,
-    Run,
-    Stage,
-    needs_cuda,
-    prepare,
-    register_implementation,
-    register_stage,
-)
+from infimm_fast.benchmarks import registry
+from infimm_fast.benchmarks.registry import BenchCase, Plan, Prepared, Run, Stage
 from infimm_fast.dtypes import DTYPES
 from infimm_fast.integrations.optimization import optimize, restore
 from infimm_fast.kernels.common.cases import Inputs
@@ -149,15 +138,15 @@ def register_model_stage(stage: ModelStage, graph: bool = True, gated_blocks: bo
         graph: whether it can be captured.
         gated_blocks: whether it runs them; the plain statement's wait for the device, so that it is never captured.
     """
-    register_stage(stage)
+    registry.register_stage(stage)
     for name in _ENTER:
         captured = graph and not (gated_blocks and name == "naive")
         properties: dict[str, Any] = {"graph": captured, "ours": name in _OPS}
         if name == "infimm_fast":
-            properties["requires"] = needs_cuda
+            properties["requires"] = registry.needs_cuda
         if name == "sdpa compiled":
             properties |= {"setup_seconds": 40.0, "main_only": True}
-        register_implementation(stage.name, name, **properties)(functools.partial(_prepare, stage, name))
+        registry.register_implementation(stage.name, name, **properties)(functools.partial(_prepare, stage, name))
 
 
 @functools.cache
@@ -165,11 +154,11 @@ def _check_ops(implementation: str, preset_name: str, dtype: str, device: torch.
     """Raise AssertionError unless the ops below an implementation pass on their smallest case of the preset."""
     plan = Plan(preset_name, dtype, device)
     for op_name, one in _OPS.get(implementation, ()):
-        stage, candidate = STAGES[op_name], IMPLEMENTATIONS[op_name][one]
+        stage, candidate = registry.STAGES[op_name], registry.IMPLEMENTATIONS[op_name][one]
         case = min((case for case in stage.cases(plan) if not case.backward), key=lambda case: case.flops)
         if candidate.obstacle(case, device) is None:
             inputs = stage.make_inputs(case, device, seed=0)
-            run = prepare(stage, case, candidate, inputs).run
+            run = registry.prepare(stage, case, candidate, inputs).run
             stage.check(case, inputs, stage.expected(case, inputs), one, run)
 
 

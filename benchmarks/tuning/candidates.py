@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
-from infimm_fast.kernels.common.cases import Job, Op
+from infimm_fast.kernels.common.cases import Job, Op, find_ops, jobs_of
 from infimm_fast.kernels.common.configs import cover_of
 from infimm_fast.kernels.common.launch import LaunchConfig
 from infimm_fast.kernels.residual.config import REGISTERS, row_cover
@@ -52,22 +54,30 @@ _ATTENTION = {
 }
 # Decode folds rows into `block_m`; tiles of 64 rows are what a warp group multiplies, smaller ones are another instruction.
 _DECODE = "16x64 w4 s2, 16x64 w4 s3, 16x64 w4 s4, 16x32 w4 s4, 16x128 w4 s2, 16x128 w8 s3, 32x64 w4 s3"
-_ONE_ROW: tuple[dict[str, int], ...] = (
-    {"TARGET_PROGRAMS": 264},
-    {"TARGET_PROGRAMS": 1024},
-    {"TARGET_PROGRAMS": 1024, "MIN_BLOCKS_PER_SPLIT": 2},
-    {"MIN_SPLITS": 16},
-)
-_ROWS: tuple[dict[str, int], ...] = (
-    {"TARGET_POOL": 1024},
-    {"TARGET_POOL": 2048},
-    {"TARGET_POOL": 8192},
-    {"MIN_BLOCKS_PER_UNIT": 4},
-    {"MIN_BLOCKS_PER_UNIT": 16},
-)
+_ONE_ROW = "TARGET_PROGRAMS=264, TARGET_PROGRAMS=1024, TARGET_PROGRAMS=1024 MIN_BLOCKS_PER_SPLIT=2, MIN_SPLITS=16"
+_ROWS = "TARGET_POOL=1024, TARGET_POOL=2048, TARGET_POOL=8192, MIN_BLOCKS_PER_UNIT=4, MIN_BLOCKS_PER_UNIT=16"
 # Rows of a step and warps, and the programs of a launch.
 _RESIDUAL_SHAPES = ((1, 4), (1, 8), (1, 16), (2, 8), (2, 16))
 _RESIDUAL_PROGRAMS = {"forward": (528, 1056), "backward": (132, 528)}
+
+
+def add_choices(parser: argparse.ArgumentParser) -> None:
+    """Give a parser options for what `select_jobs` takes."""
+    parser.add_argument("--op", dest="ops", nargs="+", choices=tuple(find_ops()), help="all without it, as of the next two")
+    parser.add_argument("--kernel", dest="kernels", nargs="+", help="as in the op's kernels")
+    parser.add_argument("--width", dest="widths", type=int, nargs="+", help="head dims, or channels of ops without heads")
+
+
+def select_jobs(use: str, dtypes: Sequence[str], archs: Sequence[int], chosen: Any) -> list[tuple[Op, Job]]:
+    """Return the jobs of `jobs_of` for all ops; `chosen` has those ops, kernels and widths, None for all of them."""
+    return [
+        (op, job)
+        for op in find_ops().values()
+        for job in jobs_of(op, use, dtypes, archs)
+        if (chosen.ops is None or op.name in chosen.ops)
+        and (chosen.kernels is None or job.kernel in chosen.kernels)
+        and (chosen.widths is None or op.width(job.case) in chosen.widths)
+    ]
 
 
 def candidates_of(op: Op, job: Job) -> list[Candidate]:
@@ -93,15 +103,10 @@ def candidates_of(op: Op, job: Job) -> list[Candidate]:
 
 def _with_shape(config: LaunchConfig, shape: str) -> LaunchConfig:
     """Return a configuration with another shape, written as above."""
-    block_m, block_n, warps, stages, cap = re.fullmatch(r"(\d+)x(\d+) w(\d+) s(\d+)(?: r(\d+))?", shape).groups()  # type: ignore[union-attr]
-    return replace(
-        config,
-        block_m=int(block_m),
-        block_n=int(block_n),
-        num_warps=int(warps),
-        num_stages=int(stages),
-        max_registers=int(cap) if cap else None,
-    )
+    numbers = re.fullmatch(r"(\d+)x(\d+) w(\d+) s(\d+)(?: r(\d+))?", shape).groups()  # type: ignore[union-attr]
+    names = ("block_m", "block_n", "num_warps", "num_stages", "max_registers")
+    changes: dict[str, Any] = {name: number and int(number) for name, number in zip(names, numbers, strict=True)}
+    return replace(config, **changes)
 
 
 def _attention_candidates(op: Op, job: Job, shipped: LaunchConfig) -> Iterator[Candidate]:
@@ -122,8 +127,8 @@ def _attention_candidates(op: Op, job: Job, shipped: LaunchConfig) -> Iterator[C
 
 
 def _decode_candidates(job: Job, shipped: LaunchConfig) -> Iterator[Candidate]:
-    for constants in _ONE_ROW if job.case.sizes["rows"] == 1 else _ROWS:
-        yield Candidate(shipped, constants)
+    for constants in (_ONE_ROW if job.case.sizes["rows"] == 1 else _ROWS).split(", "):
+        yield Candidate(shipped, {name: int(value) for name, value in (word.split("=") for word in constants.split())})
     for config in (_with_shape(shipped, shape) for shape in _DECODE.split(", ")):
         if config.block_m >= shipped.block_m:
             yield Candidate(config)

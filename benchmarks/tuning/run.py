@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
@@ -17,12 +16,14 @@ import torch
 
 from infimm_fast.benchmarks.ceilings import Ceilings, measure_ceilings
 from infimm_fast.benchmarks.environment import describe, file_name, gpu_state
+from infimm_fast.benchmarks.harness import Budget, refusal
+from infimm_fast.benchmarks.report import read_json
 from infimm_fast.benchmarks.timing import Timer, input_sets
-from infimm_fast.benchmarks.tuning.candidates import Candidate, candidates_of, constants_set
+from infimm_fast.benchmarks.tuning.candidates import Candidate, candidates_of, constants_set, select_jobs
 from infimm_fast.dtypes import DTYPES
 from infimm_fast.errors import ConfigurationError
 from infimm_fast.export.common.artifact import write_json
-from infimm_fast.kernels.common.cases import TUNE, Inputs, Job, Op, Outputs, find_ops, jobs_of
+from infimm_fast.kernels.common.cases import TUNE, Inputs, Job, Op, Outputs, find_ops
 from infimm_fast.kernels.common.launch import interpreting
 from infimm_fast.kernels.common.numerics import assert_error_budget, poisoned_memory
 from infimm_fast.kernels.common.offline import recorded_launches
@@ -124,15 +125,8 @@ def read_plan(file: Path) -> Plan:
     Raises:
         ConfigurationError: the file is no plan of this version.
     """
-    try:
-        content = json.loads(file.read_text())
-        found = content.get("format") if isinstance(content, dict) else None
-    except (OSError, ValueError) as error:
-        raise ConfigurationError(f"{file} cannot be read as a tuning plan: {error}") from error
-    if found != PLAN_FORMAT:
-        raise ConfigurationError(f"{file} has format {found!r}; expected {PLAN_FORMAT!r}")
     plan = {}
-    for job in content["jobs"]:
+    for job in read_json(file, "a tuning plan", PLAN_FORMAT)["jobs"]:
         dropped = {one["label"]: one["dropped"] for one in job["candidates"] if one["dropped"]}
         plan[job["op"], job["kernel"], job["case"]] = dropped
     return plan
@@ -155,17 +149,10 @@ def find_device() -> tuple[torch.device, int]:
 def work_of(settings: Settings, arch: int) -> list[tuple[Op, Job, list[Candidate]]]:
     """Return the jobs that are asked for with the candidates to time, the most important first."""
     work = []
-    for op in find_ops().values():
-        for job in jobs_of(op, TUNE, (settings.dtype,), (arch,)):
-            if (
-                (settings.ops is not None and op.name not in settings.ops)
-                or (settings.kernels is not None and job.kernel not in settings.kernels)
-                or (settings.widths is not None and op.width(job.case) not in settings.widths)
-            ):
-                continue
-            dropped = settings.plan.get((op.name, job.kernel, job.case.name), {})
-            candidates = [one for one in candidates_of(op, job) if one.shipped or one.label not in dropped]
-            work.append((op, job, candidates[: MOST[min(job.case.importance, max(MOST))]]))
+    for op, job in select_jobs(TUNE, (settings.dtype,), (arch,), settings):
+        dropped = settings.plan.get((op.name, job.kernel, job.case.name), {})
+        candidates = [one for one in candidates_of(op, job) if one.shipped or one.label not in dropped]
+        work.append((op, job, candidates[: MOST[min(job.case.importance, max(MOST))]]))
     return sorted(work, key=lambda one: one[1].case.importance)
 
 
@@ -183,7 +170,7 @@ def tune(settings: Settings, out: Path, tell: Callable[[str], None]) -> int:
     Raises:
         ConfigurationError: there is no device, or no such job.
     """
-    (device, arch), started = find_device(), time.monotonic()
+    (device, arch), budget = find_device(), Budget(settings.budget)
     work = work_of(settings, arch)
     if not work:
         raise ConfigurationError("no case has such an op, kernel and width")
@@ -203,7 +190,7 @@ def tune(settings: Settings, out: Path, tell: Callable[[str], None]) -> int:
 
     for op, job, candidates in work:
         estimate = _JOB_SECONDS + (len(candidates) + 1) * (settings.seconds + _CANDIDATE_SECONDS)
-        if settings.budget is not None and time.monotonic() - started + estimate > settings.budget:
+        if not budget.fits(op.name, estimate):
             left_out.append(f"{op.name} {job.kernel} {job.case.name}")
             continue
         results.append(run_job(op, job, candidates, timer, ceilings))
@@ -215,7 +202,7 @@ def tune(settings: Settings, out: Path, tell: Callable[[str], None]) -> int:
             tell(f"! {result.op} {result.kernel} {result.case}, {one.label}: {one.remark}"[:240])
     for name in left_out:
         tell(f"left out, no time in the budget: {name}")
-    tell(f"written: {file}; {time.monotonic() - started:.0f} s")
+    tell(f"written: {file}; {budget.spent:.0f} s")
     return int(any(result.choice is None for result in results))
 
 
@@ -257,7 +244,7 @@ def run_job(op: Op, job: Job, candidates: Sequence[Candidate], timer: Timer, cei
         with torch.set_grad_enabled(job.case.backward):
             plain, exact = (op.reference(job.case, inputs[0], one) for one in (dtype, torch.float64))
     except Exception as error:  # too little memory, most likely; other jobs are smaller
-        return replace(result, remark=_remark(error))
+        return replace(result, remark=refusal(error))
     measured = [measure(op, job, one, inputs, (plain, exact), timer) for one in candidates]
     again = measured[0].ms and time_candidate(op, job, candidates[0], inputs, timer)
     return replace(result, measured=measured, again_ms=again, gpu=gpu_state(device))
@@ -285,7 +272,7 @@ def measure(
     except AssertionError as error:
         return Measured(candidate.label, remark=f"FAILED the check: {error}")
     except Exception as error:  # one candidate that does not run is a result, not an end
-        return Measured(candidate.label, remark=_remark(error))
+        return Measured(candidate.label, remark=refusal(error))
 
 
 def time_candidate(op: Op, job: Job, candidate: Candidate, inputs: Sequence[Inputs], timer: Timer) -> float:
@@ -311,11 +298,6 @@ def timed_run(op: Op, job: Job, candidate: Candidate, inputs: Inputs) -> Callabl
     # Once everything: the kernel reads what others have written.
     replay()
     return lambda: replay(op.kernels[job.kernel])
-
-
-def _remark(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return f"does not run: {type(error).__name__}: {lines[0][:200] if lines else ''}"
 
 
 def _line(result: JobResult) -> str:
