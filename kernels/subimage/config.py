@@ -80,7 +80,7 @@ def tiling_of(
 # (head dim up to, BLOCK_M, BLOCK_N, warps, stages, register cap) by kernel and architecture. None is measured; the
 # words say what the compiled code shows, at the triton version of the gate's report.
 _ROWS_16: dict[tuple[str, int], tuple[Row, ...]] = {
-    # 163 to 194 registers: one program of 8 warps; the usual 4 warps for D = 64 spill.
+    # 160 to 255 registers: one program of 8 warps; the usual 4 warps for D = 64 spill.
     # Beyond 96, 128 rows spill and 64 rows with 4 warps fit twice.
     ("forward", 80): (Row(96, 128, 64, 8, 2), Row(128, 64, 64, 4, 2)),
     # 64-row tiles spill beyond 96 when masked; 32 keys and a third stage (64 KB of 99) do not.
@@ -119,6 +119,7 @@ _ROWS_16: dict[tuple[str, int], tuple[Row, ...]] = {
     ("backward_kv", 120): (
         Row(64, 32, 64, 4, 2),
         Row(80, 32, 128, 8, 2),
+        Row(88, 16, 64, 8, 2),
         Row(96, 32, 64, 8, 2),
         Row(128, 64, 64, 8, 2),
     ),
@@ -135,10 +136,11 @@ _ROWS_16: dict[tuple[str, int], tuple[Row, ...]] = {
 }
 # fp32 keeps its precision, so its products run on plain arithmetic units and their operands fill the registers: larger
 # tiles spill, up to by the hundred. The forward's cap acts as a floor: left alone, the assembler aims at 64 and spills.
+# In dq pipelined loads spill at 80 on sm_80, others at 96.
 _ROWS_32 = {
-    "forward": Row(128, 32, 16, 8, 2, 128),
-    "backward_kv": Row(128, 16, 32, 4, 2),
-    "backward_q": Row(128, 32, 16, 4, 2),
+    "forward": (Row(128, 32, 16, 8, 2, 128),),
+    "backward_kv": (Row(128, 16, 32, 4, 2),),
+    "backward_q": (Row(80, 32, 16, 4, 1), Row(128, 32, 16, 4, 2)),
 }
 # One tile for a window; 4 warps, since half of 128 rows would be empty.
 _ROW_SHORT = Row(128, 64, 32, 4, 2)
@@ -168,11 +170,12 @@ def choose_config(
     architecture = architecture_of(capability)
     bits = 32 if dtype == torch.float32 else 16
     if bits == 32:
-        row = _ROWS_32[kernel]
+        rows = _ROWS_32[kernel]
     elif kernel == "forward" and max_len <= SHORT:
-        row = _ROW_SHORT
+        rows = (_ROW_SHORT,)
     else:
-        row = next(row for row in _ROWS_16[kernel, architecture] if head_dim <= row.head_dim)
+        rows = _ROWS_16[kernel, architecture]
+    row = next(row for row in rows if head_dim <= row.head_dim)
     # Above 96 the cover of three pieces saves an eighth of the products at best, and its last one, 16 wide, runs at
     # half rate or less: padded. Below, the cover saves a quarter (88, 96) or more (72, 80).
     # Rotated queries lie in registers; on 90 and beside a second piece of 32, triton 3.7 then waits for every matrix
