@@ -216,6 +216,9 @@ def compile_all(work: Sequence[tuple[Op, Job, list[Candidate]]], settings: Setti
         tell(f"compiled {done} of {len(tasks)} candidates; {time.monotonic() - started:.0f} s")
     except (OutOfTime, BrokenExecutor) as error:
         tell(f"not all of {len(tasks)} candidates were compiled beforehand: {type(error).__name__}")
+        # Shutting down waits for what is compiled just now, which may hang.
+        for process in list(pool._processes.values()):
+            process.terminate()
     finally:
         pool.shutdown(cancel_futures=True)
 
