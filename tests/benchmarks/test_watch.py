@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
@@ -134,8 +135,9 @@ def test_what_has_no_program_or_no_time_is_not_run(main, monkeypatch, tool, inst
 
 def test_what_is_ended_is_not_run(tmp_path, monkeypatch):
     monkeypatch.setattr(watch, "START_SECONDS", 0.0)
-    some = watch.Watch(tmp_path, time.monotonic() + 0.5, 1)
-    (verdict,) = some.all("memcheck", [CASE], lambda name: ["sleep", "60"], sanitize.judge)
+    options = SimpleNamespace(out=tmp_path, cases=[CASE], workers=1)
+    deadline = time.monotonic() + 0.5
+    (verdict,) = watch._run_cases("memcheck", options, deadline, lambda name: ["sleep", "60"], sanitize.judge)
     assert (verdict.outcome, verdict.words) == ("not run", "ended: no time left")
 
 
