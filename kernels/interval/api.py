@@ -7,10 +7,12 @@ from typing import Literal, overload
 
 import torch
 
-from infimm_fast.kernels.common.checks import KernelArgumentError, check_same_kind, check_shape
+from infimm_fast.kernels.common.checks import SUPPORTED_DTYPES, KernelArgumentError, check_same_kind, check_shape
 from infimm_fast.kernels.common.launch import calls_operator, can_read, settle_backend, triton_obstacle
 from infimm_fast.kernels.interval import ops
 from infimm_fast.kernels.interval.reference import interval_attention_reference
+
+_INDICES = (torch.int32, torch.int64)
 
 
 @overload
@@ -95,6 +97,22 @@ def interval_attention(
 
 
 def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, kv_range: torch.Tensor, scale: float) -> None:
+    # At first in one expression: a decoding step on a CPU waits for every call that is made before its work begins.
+    q_shape, k_shape, dtype, device = q.shape, k.shape, q.dtype, q.device
+    fits = len(q_shape) == 4 and len(k_shape) == 3 and q_shape[3] == k_shape[2] and v.shape == k_shape
+    fits = fits and kv_range.shape == (q_shape[0], q_shape[1], 2) and kv_range.dtype in _INDICES
+    fits = fits and dtype in SUPPORTED_DTYPES and dtype == k.dtype == v.dtype
+    if not (fits and device == k.device == v.device == kv_range.device):
+        _check_tensors(q, k, v, kv_range)
+    heads, kv_heads = q_shape[2], k_shape[1]
+    if kv_heads == 0 or heads % kv_heads:
+        raise KernelArgumentError(f"q has {heads} heads and k has {kv_heads}; the first must be a multiple")
+    if not 0.0 < scale < math.inf:
+        raise KernelArgumentError(f"scale={scale} is not accepted; it must be a positive number")
+
+
+def _check_tensors(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, kv_range: torch.Tensor) -> None:
+    """Raise what says which tensor does not fit."""
     if q.dim() != 4:
         check_shape("q", q, (None, None, None, None), "[B, T, Hq, D]")
     if k.dim() != 3 or k.shape[2] != q.shape[3]:
@@ -102,14 +120,10 @@ def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, kv_range: torch.Te
     check_shape("v", v, k.shape, "[S, Hkv, D] of k")
     check_shape("kv_range", kv_range, (q.shape[0], q.shape[1], 2), "[B, T, 2]")
     check_same_kind("q", q, k=k, v=v)
-    if kv_range.dtype not in (torch.int32, torch.int64) or kv_range.device != q.device:
+    if kv_range.dtype not in _INDICES or kv_range.device != q.device:
         raise KernelArgumentError(
             f"kv_range is {kv_range.dtype} on {kv_range.device}; accepted are int32, int64 on {q.device}"
         )
-    if k.shape[1] == 0 or q.shape[2] % k.shape[1]:
-        raise KernelArgumentError(f"q has {q.shape[2]} heads and k has {k.shape[1]}; the first must be a multiple")
-    if not 0.0 < scale < math.inf:
-        raise KernelArgumentError(f"scale={scale} is not accepted; it must be a positive number")
 
 
 def _check_bounds(kv_range: torch.Tensor, num_keys: int) -> None:

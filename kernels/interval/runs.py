@@ -6,8 +6,6 @@ one for each row; a dense mask would let every row pay for the pictures of all r
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import torch.nn.functional as F
 
@@ -15,18 +13,11 @@ from infimm_fast.kernels.common.launch import can_read
 
 # With more runs for each row, one call with a dense mask is cheaper.
 MOST_RUNS = 16
+# (row, first, last, start, end): tokens ``[first, last)`` of a row see the keys ``[start, end)``. A plain tuple, since a
+# decoding step waits for every object that is made.
+Run = tuple[int, int, int, int, int]
 # Up to so many tokens of all rows, Python reads the intervals faster than tensor operations compare them.
 FEW_TOKENS = 256
-
-
-class Run(NamedTuple):
-    """Tokens ``[first, last)`` of a row see the keys ``[start, end)``; none if the interval is empty."""
-
-    row: int
-    first: int
-    last: int
-    start: int
-    end: int
 
 
 def find_runs(kv_range: torch.Tensor, num_keys: int) -> list[Run] | None:
@@ -50,7 +41,7 @@ def find_runs(kv_range: torch.Tensor, num_keys: int) -> list[Run] | None:
                 start, end = interval
                 if not 0 <= start <= end <= num_keys:
                     start, end = _clamp(start, end, num_keys)
-                runs.append(Run(row, first, last, start, end))
+                runs.append((row, first, last, start, end))
                 first = last
     else:
         changes = (kv_range[:, 1:] != kv_range[:, :-1]).any(-1).nonzero()  # [n, 2]: row, token before a change
@@ -62,10 +53,10 @@ def find_runs(kv_range: torch.Tensor, num_keys: int) -> list[Run] | None:
         for row, ones in enumerate(firsts):
             intervals = kv_range[row, ones].tolist()
             for first, last, (start, end) in zip(ones, [*ones[1:], tokens], intervals, strict=True):
-                runs.append(Run(row, first, last, *_clamp(start, end, num_keys)))
+                runs.append((row, first, last, *_clamp(start, end, num_keys)))
     if len(runs) > MOST_RUNS * rows:
         return None
-    return runs if runs[0].start < runs[0].end or any(run.start < run.end for run in runs) else None
+    return runs if runs[0][3] < runs[0][4] or any(start < end for _, _, _, start, end in runs) else None
 
 
 def _clamp(start: int, end: int, num_keys: int) -> tuple[int, int]:
@@ -86,25 +77,24 @@ def attend_runs(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, runs: list[Ru
     rows = q.shape[0]
     _, _, _, start, end = runs[0]
     length = end - start
-    if len(runs) == rows == 1:
-        return _attend(q, _keys(k, start, 1, length), _keys(v, start, 1, length), scale)
     if len(runs) == rows and length:
-        spans = [run[3:] for run in runs]
-        if spans.count(spans[0]) == rows:
+        # From row to row: the keys of the next picture, or the same ones.
+        step = length if rows > 1 and runs[1][3] == end else 0
+        if [run[3:] for run in runs] == [(start + row * step, end + row * step) for row in range(rows)]:
+            if step or rows == 1:
+                return _attend(q, _keys(k, start, rows, length), _keys(v, start, rows, length), scale)
             # Queries that see the same keys are one row.
             one = q.flatten(0, 1)[None]
             return _attend(one, _keys(k, start, 1, length), _keys(v, start, 1, length), scale).view(q.shape)
-        if spans == [(first, first + length) for first in range(start, start + rows * length, length)]:
-            return _attend(q, _keys(k, start, rows, length), _keys(v, start, rows, length), scale)
     parts: list[list[torch.Tensor]] = [[] for _ in range(rows)]
-    for run in runs:
-        part = q[run.row, run.first : run.last][None]
-        if run.start < run.end:
-            length = run.end - run.start
-            part = _attend(part, _keys(k, run.start, 1, length), _keys(v, run.start, 1, length), scale)
+    for row, first, last, start, end in runs:
+        part = q[row, first:last][None]
+        if start < end:
+            length = end - start
+            part = _attend(part, _keys(k, start, 1, length), _keys(v, start, 1, length), scale)
         else:
             part = torch.zeros_like(part)
-        parts[run.row].append(part)
+        parts[row].append(part)
     return torch.cat([torch.cat(one, dim=1) if len(one) > 1 else one[0] for one in parts])
 
 
