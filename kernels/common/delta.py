@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from infimm_fast.kernels.common.launch import unit_strides
-from infimm_fast.kernels.common.tiles import UNSPECIALISED, head_start, load_tile, locate, row_offsets
+from infimm_fast.kernels.common.tiles import UNSPECIALISED, load_rows_at, locate
 
 DELTA_ROWS = 64
 
@@ -37,10 +37,10 @@ def delta_kernel(
         tl.program_id(0), tl.cdiv(max_tokens, T.BLOCK_M), num_heads, num_tokens, lengths_ptr, T.PACKED
     )
     row = block * T.BLOCK_M
-    out_ptr = head_start(out_ptr, batch, head, first + row, stride_ob, stride_on, stride_oh, T.ALIGN)
-    grad_ptr = head_start(grad_ptr, batch, head, first + row, stride_gb, stride_gn, stride_gh, T.ALIGN)
-    out = load_tile(out_ptr, row_offsets(T.BLOCK_M, stride_on, T.ALIGN, T.WIDE), length - row, T, True)
-    grad = load_tile(grad_ptr, row_offsets(T.BLOCK_M, stride_gn, T.ALIGN, T.WIDE), length - row, T, True)
+    out = load_rows_at(out_ptr, batch, head, first + row, stride_ob, stride_on, stride_oh, length - row, ROWS=T.BLOCK_M, T=T)
+    grad = load_rows_at(
+        grad_ptr, batch, head, first + row, stride_gb, stride_gn, stride_gh, length - row, ROWS=T.BLOCK_M, T=T
+    )
     delta = tl.full([T.BLOCK_M], 0.0, tl.float32)
     for i in tl.static_range(len(T.COVER)):
         delta += tl.sum(out[i].to(tl.float32) * grad[i].to(tl.float32), axis=1)

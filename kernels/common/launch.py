@@ -134,8 +134,6 @@ def settle_backend(backend: str, tensor: torch.Tensor, obstacles: Callable[[], s
         KernelArgumentError: there is no such backend, or ``"triton"`` was asked for and there is an obstacle.
         BackendUnavailableError: see `resolve_backend`.
     """
-    if backend in ("sdpa", "reference"):
-        return backend
     chosen = resolve_backend(backend, tensor)
     obstacle = obstacles() if chosen == "triton" else None
     if obstacle is None:

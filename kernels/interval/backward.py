@@ -11,14 +11,14 @@ log-sum-exp of +inf.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
-from infimm_fast.kernels.common.delta import Tiling as DeltaTiling
-from infimm_fast.kernels.common.delta import launch_delta
+from infimm_fast.kernels.common.delta import Tiling, launch_delta
 from infimm_fast.kernels.common.launch import (
     LaunchConfig,
     capability,
@@ -46,7 +46,7 @@ from infimm_fast.kernels.common.tiles import (
     walk,
     zero_tile,
 )
-from infimm_fast.kernels.interval.config import Tiling, choose_config
+from infimm_fast.kernels.interval.config import choose_config, tiling_of
 from infimm_fast.kernels.interval.options import Options, Saved
 from infimm_fast.kernels.interval.tiles import (
     hull_of,
@@ -229,12 +229,10 @@ def launch_backward(
     align = common_alignment(q, k, v, grad, out)
     wide = rows_are_wide(tokens, q, grad, out) or rows_are_wide(max(config_kv.block_n, config_q.block_n), k, v)
 
-    def tiling(config: LaunchConfig) -> Tiling:
-        return Tiling(head_dim, config.cover, config.block_m, config.block_n, group, align, wide)
-
+    tiling = partial(tiling_of, head_dim=head_dim, group=group, align=align, wide=wide)
     key_strides = [*unit_strides(align, k)[1:], *unit_strides(align, v)[1:]]
     with device_guard(q):
-        of_delta = DeltaTiling(head_dim, config_q.cover, align, wide)
+        of_delta = Tiling(head_dim, config_q.cover, align, wide)
         delta = launch_delta(out, grad, of_delta, sequences=batch, max_tokens=tokens)
         inputs: tuple[Any, ...] = (q, k, v, kv_range, grad, lse, delta, options.scale, batch, tokens, kv_heads, keys)
         inputs += (*unit_strides(align, q, grad), *key_strides, *kv_range.stride())

@@ -106,6 +106,11 @@ class Tiling(NamedTuple):
     WIDE: bool
 
 
+def tiling_of(config: LaunchConfig, *, head_dim: int, group: int, align: int, wide: bool) -> Tiling:
+    """Return the constants of one kernel; see `Tiling`."""
+    return Tiling(head_dim, config.cover, config.block_m, config.block_n, group, align, wide)
+
+
 @dataclass(frozen=True)
 class Split:
     """How decode's keys are split; everything here is known to the host, the rest is worked out on the device.

@@ -41,7 +41,7 @@ from infimm_fast.kernels.interval.config import (
     MIN_BLOCKS_PER_UNIT,
     PLAN_ROWS,
     Split,
-    Tiling,
+    tiling_of,
 )
 from infimm_fast.kernels.interval.options import Options
 from infimm_fast.kernels.interval.tiles import attend_keys, hull_of, load_intervals
@@ -256,7 +256,7 @@ def launch_decode(
     part = torch.empty((split.splits, *out.shape), dtype=torch.float32, device=q.device)
     part_lse = torch.empty(part.shape[:-1], dtype=torch.float32, device=q.device)
     wide = rows_are_wide(config.block_n, k, v)
-    tiling = Tiling(head_dim, config.cover, config.block_m, config.block_n, group, align, wide)
+    tiling = tiling_of(config, head_dim=head_dim, group=group, align=align, wide=wide)
     plan = None
     with device_guard(q):
         if batch > 1:

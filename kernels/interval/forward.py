@@ -21,7 +21,7 @@ from infimm_fast.kernels.common.launch import (
     unit_strides,
 )
 from infimm_fast.kernels.common.tiles import UNSPECIALISED, head_start, load_rows, store_rows, walk
-from infimm_fast.kernels.interval.config import DECODE_TOKENS, Tiling, choose_config, choose_split
+from infimm_fast.kernels.interval.config import DECODE_TOKENS, choose_config, choose_split, tiling_of
 from infimm_fast.kernels.interval.decode import launch_decode
 from infimm_fast.kernels.interval.options import Options
 from infimm_fast.kernels.interval.tiles import (
@@ -106,7 +106,7 @@ def launch_forward(
     align = common_alignment(q, k, v)
     strides = [*unit_strides(align, q), *unit_strides(align, k)[1:], *unit_strides(align, v)[1:]]
     wide = rows_are_wide(tokens, q, out) or rows_are_wide(config.block_n, k, v)
-    tiling = Tiling(head_dim, config.cover, config.block_m, config.block_n, group, align, wide)
+    tiling = tiling_of(config, head_dim=head_dim, group=group, align=align, wide=wide)
     with device_guard(q):
         forward_kernel[(triton.cdiv(tokens * group, config.block_m) * kv_heads * batch,)](
             q, k, v, kv_range, options.scale, tokens, kv_heads, keys, *strides, *kv_range.stride(), out, lse, tiling,
